@@ -1,0 +1,525 @@
+"""Pretraining: python train.py RECIPE.py [--key=value ...]
+
+A step reads the batch that follows from its number (data.py), adds up the gradients of its micro-batches, clips them and
+lets AdamW move the weights. Everything is counted in tokens: a batch has so many, the learning rate is that of so many seen,
+and how many micro-batches make up a batch is derived:
+
+    batch 16,384 tokens = 64 sequences of 256 = 4 micro-batches of 16
+
+There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or by force, goes on from
+its newest checkpoint when the same command is given again, and ends with the weights it would have had.
+"""
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from hashlib import file_digest
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from config import load
+from data import DataError, Source, parse_stages, sequences
+from model import Llama, ModelConfig, ModelError, flash_attn_func, hf_name, read_json, write_json
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    """Everything a recipe may say; the shape of the model is inherited."""
+    vocab_size: int = 0                          # 0: that of the data
+    # what to train on, and for how long
+    stages: list = field(default_factory=list)   # dicts of tokens, batch (tokens), mixture {source: share}, ramp (tokens)
+    data: str = ""                               # NAME or NAME:SHARE,NAME:SHARE instead of every stage's mixture
+    data_dir: str = "data"                       # the folder of the sources
+    out_dir: str = ""                            # "": out/ and the recipe's name
+    seed: int = 3407                             # of the initial weights and of the order of the data
+    # optimization
+    learning_rate: float = 4e-4                  # reached after the warm-up
+    min_lr: float = 4e-5                         # that of the last step
+    warmup_steps: int = 2000                     # counted in batches of the first stage
+    weight_decay: float = 0.1                    # of every parameter, as the original's
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0                       # largest norm of the gradient
+    # how it runs: what comes out is the same but for rounding
+    micro_batch: int = 8                         # most sequences at once
+    dtype: str = "auto"                          # of the computation: float32, bfloat16, auto (bfloat16 where hardware has it)
+    compile: bool | None = None                  # None: where it pays
+    # what is written
+    log_every: int = 10                          # steps
+    eval_every: int = 1000                       # steps; at the end of a stage always
+    eval_tokens: int = 2 ** 21                   # most tokens of each source in an evaluation
+    save_every: int = 1000                       # steps; at the end of a stage always
+    keep: int = 3                                # newest checkpoints kept (those at the end of a stage always are); 0: all
+    keep_every: int = 0                          # of every so many steps one is kept, too; 0: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in "micro_batch", "log_every", "eval_every", "eval_tokens", "save_every", "learning_rate", "grad_clip":
+            if not getattr(self, key) > 0:
+                sys.exit(f"{key} must be above 0, got {getattr(self, key)}")
+        if not 0 <= self.min_lr < self.learning_rate:
+            sys.exit(f"min_lr {self.min_lr} must be at least 0 and below learning_rate {self.learning_rate}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            sys.exit(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+
+
+# keys that change what is written or how fast, and nothing that is learned but by rounding
+FREE = {"data_dir", "out_dir", "micro_batch", "dtype", "compile", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+        "keep_every"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic of a run
+
+def mixture_of(text):
+    """{"NAME": share} of NAME or NAME:SHARE,NAME:SHARE."""
+    mixture = {}
+    for part in text.split(","):
+        name, _, share = part.partition(":")
+        try:
+            mixture[name] = float(share or 1)
+        except ValueError:
+            sys.exit(f"--data={text}: {share!r} is no number; give NAME or NAME:SHARE,NAME:SHARE")
+    return mixture
+
+
+def tokens_after(stages, step, context):
+    """Tokens seen when `step` steps are done."""
+    tokens = 0
+    for stage in stages:
+        done = min(step, stage.steps)
+        tokens, step = tokens + done * stage.batch * context, step - done
+    return tokens
+
+
+def lr_at(tokens, total, warmup, cfg):
+    """The learning rate of the step that ends with so many tokens seen: linear up to `warmup` tokens, then a cosine that
+    reaches min_lr with the last step."""
+    if tokens < warmup:
+        return cfg.learning_rate * tokens / warmup
+    progress = (tokens - warmup) / (total - warmup)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def split_batch(batch, ranks, micro_batch):
+    """(micro-batch, how many) for each of `ranks` processes to make up `batch` sequences: all alike, as large as allowed."""
+    if batch % ranks:
+        fits = [r for r in range(1, batch + 1) if batch % r == 0]
+        below, above = max(r for r in fits if r < ranks) if ranks > 1 else 1, min((r for r in fits if r > ranks), default=batch)
+        sys.exit(f"a batch of {batch} sequences cannot be divided among {ranks} processes; nearest: {below} and {above}")
+    share = batch // ranks
+    micro = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
+    return micro, share // micro
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hardware
+
+# dense bf16 FLOP/s, from the makers' data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12}
+
+
+def find_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(cfg, device):
+    """(dtype of the computation, why)."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype), "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "the CPU has it"
+    return torch.float32, f"this {device.type} has no bfloat16 of its own"
+
+
+def choose_compile(cfg, device, flops):
+    """(whether to compile, why). On a CPU it takes a minute and wins a tenth: it pays in runs of a quarter of an hour."""
+    if cfg.compile is not None:
+        return cfg.compile, "as asked"
+    if device.type == "cuda":
+        return (True, "it pays on a GPU") if find_spec("triton") else (False, "there is no triton")
+    if device.type == "cpu" and flops > 1e14:
+        return (True, "a long run") if shutil.which("g++") or shutil.which("clang++") else (False, "there is no C++ compiler")
+    return False, "it would not come back" if device.type == "cpu" else f"not on {device.type}"
+
+
+def memory_used(device):
+    """Peak bytes of this process: on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+def parallelize(model, device, compiled):
+    """What is put on a model from outside before its weights have memory; then the memory."""
+    if compiled:                        # each block, not the whole: alike, they share one graph, compiled once
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)   # never by the order in which shapes happen to come
+    return model.to_empty(device=device)
+
+
+def precision(device, dtype):
+    """The context of a forward pass: weights stay in fp32, products are computed in `dtype`."""
+    return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
+
+
+def build_optimizer(model, cfg):
+    return torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                             weight_decay=cfg.weight_decay, fused=True)
+
+
+def read_batch(sources, rows, device):
+    """rows [(source, window)] -> x, y (rows, T) on the device."""
+    tokens = torch.from_numpy(np.stack([sources[name].window(w) for name, w in rows]))      # (rows, T + 1)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
+    """One optimizer step on x, y (rows, T) in micro-batches of `micro` rows. (mean loss, norm of the gradient), as floats;
+    where one of them is not finite the weights are left as they were."""
+    total = torch.zeros((), device=x.device)
+    for xs, ys in zip(x.split(micro), y.split(micro)):
+        with precision(x.device, dtype):
+            loss = model(xs, ys) * (len(xs) / len(x))
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    loss, norm = torch.stack((total, norm)).tolist()                # the only wait for the device in a step
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+@torch.no_grad()
+def evaluate(model, sources, cfg, micro, device, dtype):
+    """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each validation part, the same windows
+    every time, spread evenly over it. Bits per byte do not depend on the tokenizer, nats per token do."""
+    losses, bits = {}, {}
+    for name, source in sources.items():
+        n = min(source.windows, max(1, cfg.eval_tokens // source.context))
+        n = n // micro * micro or n                                 # whole micro-batches: one shape to compile
+        rows = [(name, i * source.windows // n) for i in range(n)]
+        total = 0.0
+        for i in range(0, n, micro):
+            x, y = read_batch(sources, rows[i:i + micro], device)
+            with precision(device, dtype):
+                total += model(x, y).item() * len(x) / n
+        losses[name] = total
+        bits[name] = total / math.log(2) * source.info["tokens"] / source.info["bytes"]
+    return losses, bits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a Hugging Face folder, with what training needs beside the model in training/
+
+TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+
+
+def save(out_dir, step, model, optimizer, state, tokenizer_dir, bos_eos):
+    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed."""
+    path = out_dir / f"step_{step:08d}"
+    temporary = out_dir / f"{path.name}.tmp"
+    (temporary / "training").mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary, *bos_eos)
+        for name in TOKENIZER_FILES:
+            if (tokenizer_dir / name).exists():
+                shutil.copyfile(tokenizer_dir / name, temporary / name)
+        names = {p: hf_name(name) for name, p in model.named_parameters()}
+        moments = {f"{names[p]}.{key}": value.cpu() for p, values in optimizer.state.items() for key, value in values.items()}
+        save_file(moments, temporary / "training/optimizer.safetensors")
+        written = sorted(file for file in temporary.rglob("*") if file.is_file())
+        described = {str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": digest(file)} for file in written}
+        write_json(temporary / "training/state.json", state | {"step": step, "files": described})
+        for file in (*written, temporary / "training/state.json", temporary / "training", temporary):
+            flush(file)
+        temporary.rename(path)
+        flush(out_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return path
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checkpoints(out_dir):
+    """The checkpoints in out_dir, {step: path}, in order."""
+    found = {int(p.name[5:]): p for p in out_dir.glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+    return dict(sorted(found.items()))
+
+
+def read_state(path):
+    """state.json of a checkpoint, after comparing every file it names with what is there. Raises ModelError."""
+    state = read_json(path / "training/state.json")
+    for name, about in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ModelError(f"{path} lacks {name}")
+        if file.stat().st_size != about["bytes"] or digest(file) != about["sha256"]:
+            raise ModelError(f"{file} is damaged: {file.stat().st_size} bytes, and {about['bytes']} were written"
+                             + (", of other content" if file.stat().st_size == about["bytes"] else ""))
+    return state
+
+
+def resume(path, model, optimizer):
+    """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved yet."""
+    model.load_tensors(path)
+    with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {key: file.get_tensor(f"{hf_name(name)}.{key}").to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def delete_old(out_dir, cfg, ends):
+    """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of every keep_every steps."""
+    passing = [path for step, path in checkpoints(out_dir).items()
+               if step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0)]
+    for path in passing[:-cfg.keep] if cfg.keep else []:
+        shutil.rmtree(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Stop:
+    """True once Ctrl-C or SIGTERM came: the step is finished and saved then. A second one ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = True
+
+    def __bool__(self):
+        return self.asked
+
+
+class Metrics:
+    """metrics.jsonl: a line a record. What an earlier run wrote beyond `step`, and a line torn by its end, is cut off."""
+
+    def __init__(self, path, step):
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and step else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(kept), "utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def read_recipe(argv):
+    """(the config, its stages, the sources for training, those for validation) of a command line, checked as a whole."""
+    cfg = load(argv, TrainConfig)
+    recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
+    if not recipes and not cfg.stages:
+        sys.exit("usage: python train.py RECIPE.py [--key=value ...], e.g. python train.py config_demo.py")
+    if not cfg.out_dir:
+        cfg = replace(cfg, out_dir=f"out/{recipes[-1] if recipes else 'run'}")
+    if cfg.data:
+        stages = [{k: v for k, v in stage.items() if k != "ramp"} | {"mixture": mixture_of(cfg.data)} for stage in cfg.stages]
+        cfg = replace(cfg, stages=stages, data="")
+    stages = parse_stages(cfg.stages, cfg.context)
+    names = sorted({name for stage in stages for name in stage.names})
+    train = {name: Source(Path(cfg.data_dir) / name, "train", cfg.context) for name in names}
+    val = {name: Source(Path(cfg.data_dir) / name, "val", cfg.context) for name in names}
+    for source in train.values():
+        if not source.windows:
+            sys.exit(f"the source {source.name} has {source.header.tokens} tokens, less than one window of context + 1 = "
+                     f"{cfg.context + 1}: give it more text, or --context a smaller value")
+        if source.header.tokenizer != train[names[0]].header.tokenizer:
+            sys.exit(f"the sources {names[0]} and {source.name} were written with different tokenizers: tokenize both with one")
+    vocab_size = train[names[0]].header.vocab_size
+    if cfg.vocab_size and cfg.vocab_size < vocab_size:
+        sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, {vocab_size}: leave it out, or tokenize with another")
+    warmup, total = cfg.warmup_steps, sum(stage.steps for stage in stages)
+    if not 0 <= warmup * stages[0].batch < sum(stage.steps * stage.batch for stage in stages):
+        sys.exit(f"warmup_steps {warmup} must be at least 0 and end before the run does, which has {total} steps")
+    return replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train, val
+
+
+def find_checkpoint(out_dir, description):
+    """(step, path) of the newest checkpoint to continue from, or (0, None). Exits where it is damaged or of another recipe."""
+    found = checkpoints(out_dir)
+    if not found:
+        return 0, None
+    step, path = list(found.items())[-1]
+    try:
+        state = read_state(path)
+    except ModelError as error:
+        earlier = [str(p) for p in found.values()][:-1]
+        sys.exit(f"{error}\nRemove {path} to " + (f"continue from {earlier[-1]}" if earlier else "start over"))
+    theirs, ours = ({**d["recipe"], "sources": d["sources"]} for d in (state, description))
+    differences = [f"  {key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if key not in FREE
+                   and theirs.get(key) != ours[key]]
+    if differences:
+        sys.exit("\n".join([f"{path} was trained by another recipe:", *differences, "Take the same, or another --out_dir"]))
+    for key, here in description["run"].items():
+        if state["run"].get(key) != here:
+            print(f"note: {key} was {state['run'].get(key)} before and is {here} now: rounding will differ")
+    return step, path
+
+
+def commit():
+    """The commit of this code, with + behind it where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(argv):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it with python")
+    stop = Stop()
+    cfg, stages, train, val = read_recipe(argv)
+    ends = np.cumsum([stage.steps for stage in stages]).tolist()
+    steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
+    warmup = cfg.warmup_steps * stages[0].batch * cfg.context
+    splits = {stage.batch: split_batch(stage.batch, 1, cfg.micro_batch) for stage in stages}
+    without = [name for name, source in val.items() if not source.windows]
+    evaluated = {name: source for name, source in val.items() if source.windows}
+
+    device = find_device()
+    with torch.device("meta"):
+        model = Llama(cfg)
+    flops = model.flops_per_token()
+    dtype, why_dtype = choose_dtype(cfg, device)
+    compiled, why_compiled = choose_compile(cfg, device, flops * total)
+    header = next(iter(train.values())).header
+    description = {
+        "recipe": asdict(cfg),
+        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer} for name, source in train.items()},
+        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "compile": compiled,
+                "micro_batch": [micro for micro, _ in splits.values()]},
+        "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+    out_dir = Path(cfg.out_dir)
+    first, newest = find_checkpoint(out_dir, description)
+    if first == steps:
+        print(f"{newest} is the end of this run, all {steps} steps are done: python sample.py {newest}")
+        return
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    print(f"commit {description['commit']}, torch {torch.__version__}, {name}")
+    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: {why_compiled}; attention by "
+          + ("flash-attn" if flash_attn_func and device.type == "cuda" and dtype == torch.bfloat16 else "SDPA"))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs a token, {flops * total:.2e} in all")
+    for k, stage in enumerate(stages, 1):
+        micro, many = splits[stage.batch]
+        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = {many} x {micro} sequences of {cfg.context}; "
+              + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
+    for name in without:
+        print(f"{name} has no validation part of a whole window: it trains without one")
+
+    torch.manual_seed(cfg.seed)
+    model = parallelize(model, device, compiled).init_weights()
+    optimizer = build_optimizer(model, cfg)
+    if newest:
+        print(f"continuing from {newest}")
+        resume(newest, model, optimizer)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for half in out_dir.glob("step_*.tmp"):
+        shutil.rmtree(half)
+    metrics = Metrics(out_dir / "metrics.jsonl", first)
+    windows = {name: source.windows for name, source in train.items()}
+
+    line, seconds, since = {}, 0.0, tokens_after(stages, first, cfg.context)
+    with tqdm(total=total, initial=since, unit="tok", unit_scale=True, smoothing=0.1) as bar:
+        for step in range(first, steps + 1):                       # one turn more than there are steps: to save the last
+            seen, new = tokens_after(stages, step, cfg.context), step > first
+            if (new or step == 0) and evaluated and (step % cfg.eval_every == 0 or step in ends):
+                val_loss, bits = evaluate(model, evaluated, cfg, cfg.micro_batch, device, dtype)
+                line |= {"val_loss": val_loss, "bits_per_byte": bits}
+            if line and (step % cfg.log_every == 0 or step in ends or "val_loss" in line):
+                if new:
+                    rate = (seen - since) / seconds
+                    line |= {"tokens_per_second": rate, "mfu": rate * flops / peak if peak else None, "memory": memory_used(device)}
+                    seconds, since = 0.0, seen
+                metrics.write({"step": step, "tokens": seen} | line)
+                bar.write(in_words(step, steps, line), file=sys.stdout)
+            if new and (step % cfg.save_every == 0 or step in ends or stop):
+                newest = save(out_dir, step, model, optimizer, description | {"tokens": seen},
+                              Path(cfg.data_dir) / train[min(train)].name, (header.bos_id, header.eos_id))
+                delete_old(out_dir, cfg, ends)
+            if step == steps or stop:
+                break
+            start = time.perf_counter()
+            rows = sequences(stages, windows, cfg.seed, step)
+            x, y = read_batch(train, rows, device)
+            lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
+            loss, norm = train_step(model, optimizer, x, y, lr, splits[len(rows)][0], dtype, cfg.grad_clip)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                sys.exit(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; stopped before the weights moved. "
+                         f"Last good checkpoint: {newest or 'none yet'}. A smaller --learning_rate, or more --warmup_steps, may help")
+            line = {"loss": loss, "lr": lr, "grad_norm": norm}
+            seconds += time.perf_counter() - start
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update(x.numel())
+    print(f"{newest} is the end of the run" if step == steps else f"stopped after step {step}, saved in {newest}; the same "
+          "command continues")
+
+
+def in_words(step, steps, line):
+    """A record for people."""
+    text = f"step {step}/{steps}"
+    if "loss" in line:
+        text += (f"  loss {line['loss']:.3f}  lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  "
+                 f"{line['tokens_per_second']:,.0f} tok/s" + (f"  MFU {line['mfu']:.1%}" if line["mfu"] else ""))
+    for name, bits in line.get("bits_per_byte", {}).items():
+        text += f"  | {name} {line['val_loss'][name]:.3f} nats, {bits:.3f} bits/byte"
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, ModelError) as error:
+        sys.exit(str(error))
