@@ -55,6 +55,7 @@ def coerce(value, kind, where):
     """`value` as `kind`; an int is a fine float and 3e12 a fine int, but True is not 1 and nothing else is converted."""
     if (type(value), kind) == (int, float) or (type(value), kind) == (float, int) and value.is_integer():
         return kind(value)
-    if type(value) is not kind:
-        sys.exit(f"{where} must be {kind.__name__}, got {value!r}")
+    kinds = typing.get_args(kind) or (kind,)                    # bool | None is two
+    if type(value) not in kinds:
+        sys.exit(f"{where} must be {' or '.join(k.__name__.removesuffix('Type') for k in kinds)}, got {value!r}")
     return value

@@ -95,8 +95,8 @@ def all_documents(paths, text_key):
 # The tokenizer: byte-pair encoding as Llama 2 has it
 
 def train_tokenizer(texts, vocab_size):
-    """The bytes of a SentencePiece model trained on `texts` the way Llama's was: BPE, digits apart, bytes for characters it
-    lacks, and nothing normalized away, so that decoding gives back what was encoded."""
+    """The bytes of a SentencePiece model trained on a list of texts the way Llama's was: BPE, digits apart, bytes for characters
+    it lacks, and nothing normalized away, so that decoding gives back what was encoded."""
     def lines():                                   # newlines become byte pieces; the trainer would refuse very long lines
         for text in texts:
             for line in text.split("\n"):
@@ -310,7 +310,7 @@ def library_modules():
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
         if not skip & set(parts) and not parts[0].startswith("config-"):
-            with contextlib.suppress(OSError, UnicodeDecodeError, SyntaxError):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
                 modules["/".join(parts)] = path.read_text("utf-8")
     return modules
 
@@ -326,13 +326,14 @@ def split_docstrings(source):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
             expr, only = node.body[0], len(node.body) == 1
             cut = starts[expr.lineno - 1] + expr.col_offset, starts[expr.end_lineno - 1] + expr.end_col_offset
-            docs.append((*cut, b"pass" if only else b"", ast.get_docstring(node)))
+            docs.append((*cut, only, ast.get_docstring(node)))
     docs.sort()
-    for start, stop, instead, _ in reversed(docs):
-        line = raw.rfind(b"\n", 0, start) + 1                     # a line left blank goes as a whole
-        if not instead and not raw[line:start].strip() and raw[stop:stop + 1] in (b"\n", b""):
-            start, stop = line, stop + 1
-        raw = raw[:start] + instead + raw[stop:]
+    for start, stop, only, _ in reversed(docs):
+        begin, end = raw.rfind(b"\n", 0, start) + 1, raw.find(b"\n", stop) + 1 or len(raw)
+        if only or raw[begin:start].strip() or raw[stop:end].strip():
+            raw = raw[:start] + b"pass" + raw[stop:]
+        else:
+            raw = raw[:begin] + raw[end:]
     code = raw.decode()
     ast.parse(code)
     return [doc for *_, doc in docs], code.strip() + "\n"
@@ -359,7 +360,7 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
     if not code:
         sys.exit(f"this Python has no library source in {sysconfig.get_path('stdlib')}: use one that has, or tokenize own text")
     print(f"this Python's library: {len(prose)} documents of prose, {len(code)} of code")
-    model = train_tokenizer((text for text in prose + code if not is_validation(text, val_fraction)), vocab_size)
+    model = train_tokenizer([text for text in prose + code if not is_validation(text, val_fraction)], vocab_size)
     origin = f"the library of Python {sys.version.split()[0]}"
     for name, texts in ("demo-prose", prose), ("demo-code", code):
         write_source(Path(data_dir) / name, tqdm(texts, desc=name), model, val_fraction, origin)
@@ -368,7 +369,7 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def main(argv):
+def parse_args(argv):
     parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -392,7 +393,11 @@ def main(argv):
     p = commands.add_parser("inspect", help="print what is in a source")
     p.add_argument("source", help="data/NAME")
 
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse_args(argv)
     if args.command == "demo":
         demo(args.data_dir, args.vocab_size)
     elif args.command == "inspect":
@@ -400,7 +405,7 @@ def main(argv):
     elif os.path.exists(args.out):
         sys.exit(f"{args.out} exists already: remove it first, or choose another --out")
     elif args.command == "tokenizer":
-        model = train_tokenizer(all_documents(args.files, args.text_key), args.vocab_size)
+        model = train_tokenizer(list(all_documents(args.files, args.text_key)), args.vocab_size)
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_name(out.name + ".tmp").write_bytes(model)

@@ -312,10 +312,9 @@ def resume(path, model, optimizer):
 
 def delete_old(out_dir, cfg, ends):
     """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of every keep_every steps."""
-    passing = [path for step, path in checkpoints(out_dir).items()
-               if step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0)]
-    for path in passing[:-cfg.keep] if cfg.keep else []:
-        shutil.rmtree(path)
+    for step, path in list(checkpoints(out_dir).items())[:-cfg.keep or None]:
+        if cfg.keep and step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
+            shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,14 +496,16 @@ def main(argv):
             lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
             loss, norm = train_step(model, optimizer, x, y, lr, splits[len(rows)][0], dtype, cfg.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                sys.exit(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; stopped before the weights moved. "
-                         f"Last good checkpoint: {newest or 'none yet'}. A smaller --learning_rate, or more --warmup_steps, may help")
+                sys.exit(f"step {step + 1} is not finite: loss {loss}, norm of the gradient {norm}; stopped before the weights moved. "
+                         f"Last good checkpoint: {newest or 'none yet'}. A smaller --learning_rate or more --warmup_steps may help")
             line = {"loss": loss, "lr": lr, "grad_norm": norm}
             seconds += time.perf_counter() - start
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update(x.numel())
-    print(f"{newest} is the end of the run" if step == steps else f"stopped after step {step}, saved in {newest}; the same "
-          "command continues")
+    if step == steps:
+        print(f"{newest} is the end of the run")
+    else:
+        print(f"stopped after step {step}; " + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
 
 
 def in_words(step, steps, line):

@@ -1,0 +1,376 @@
+"""Proofs of model.py: against transformers, against a naive attention, against itself by another way."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model as model_module
+from model import KVCache, Llama, ModelConfig, ModelError, attention, rotary, rotate
+
+TINY = dict(n_layer=3, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=97, context=32)
+
+
+def tiny(**changes):
+    """A model whose weights are large enough that attention is far from uniform and every part shows in the logits."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(**TINY | changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    return model
+
+
+def tokens(B=2, T=20, seed=1):
+    return torch.randint(0, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tolerance=1e-5):
+    """Equal within `tolerance` of their spread: sums of fp32 in another order differ by about 1e-6 of it."""
+    assert a.shape == b.shape
+    assert ((a - b).abs().max() / b.std()).item() < tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shape
+
+def test_parameter_count_is_the_papers():
+    """A padded vocabulary, a bias or full-width keys would change it."""
+    with torch.device("meta"):
+        model = Llama(ModelConfig())
+    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
+    assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())
+
+
+def test_flops_are_6n_plus_12_lct():
+    """Counting key/value heads for query heads, or the embedding not at all, would flatter the MFU by 5 to 15 %."""
+    with torch.device("meta"):
+        model = Llama(ModelConfig())
+    assert model.flops_per_token() == 6 * 1_100_048_384 + 12 * 22 * 2048 * 2048
+    assert model.flops_per_token(512) == 6 * 1_100_048_384 + 12 * 22 * 2048 * 512
+
+
+@pytest.mark.parametrize("changes, words", [(dict(n_head=5), "d_model 48"), (dict(n_kv_head=4), "n_kv_head 4"),
+                                            (dict(n_layer=0), "n_layer"), (dict(vocab_size=0), "vocab_size")])
+def test_impossible_shapes_are_refused(changes, words):
+    """An odd head or a remainder of heads would fail deep inside a view, or not at all."""
+    with pytest.raises(ModelError, match=words):
+        tiny(**changes)
+
+
+def test_initial_stds():
+    """An initialisation that is skipped on the meta device leaves whatever memory held: the original's v1.0 trained from
+    PyTorch's defaults for that reason."""
+    config = ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=704, vocab_size=1000, context=64)
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device="cpu").init_weights()
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == 1).all(), name
+            continue
+        residual = name.endswith(("o.weight", "down.weight"))
+        std = 1 / math.sqrt(256) / 4 if residual else math.sqrt(0.4 / 256)
+        assert abs(p.std().item() / std - 1) < 0.02 and abs(p.mean().item()) < 0.02 * std, name
+
+
+def test_first_loss_is_that_of_guessing():
+    """Too large a head or embedding starts above ln V and wastes the first steps unlearning it."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(**TINY)).init_weights()
+    assert abs(model(tokens(), tokens(seed=2)).item() - math.log(97)) < 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers as transformers
+
+SHAPES = [(6, 2, False), (4, 1, True), (4, 4, False), (8, 4, True)]
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, tied", SHAPES)
+def test_logits_match_transformers_from_them(n_head, n_kv_head, tied, tmp_path):
+    """Interleaved rotary pairs, repeated instead of interleaved groups, gate and up exchanged: each passes shape checks."""
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=n_head, num_key_value_heads=n_kv_head,
+        vocab_size=97, max_position_embeddings=32, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 5000.0,
+        "rope_type": "default"}, tie_word_embeddings=tied, initializer_range=0.3)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 5000.0 and ours.config.tie_embeddings == tied
+    with torch.no_grad():
+        assert_close(ours(tokens()), theirs(tokens()).logits)
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, tied", SHAPES)
+def test_logits_match_transformers_from_us(n_head, n_kv_head, tied, tmp_path):
+    """A config.json that says less than the weights need is completed by their defaults, and the model talks nonsense."""
+    ours = tiny(n_head=n_head, n_kv_head=n_kv_head, tie_embeddings=tied, rope_theta=500.0)
+    ours.save_pretrained(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(theirs(tokens()).logits, ours(tokens()))
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == ours.config and torch.equal(again(tokens()), ours(tokens()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_several_files_with_an_index(tmp_path):
+    """Models above a few GB come in several files."""
+    ours = tiny()
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens()), ours(tokens()))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="model-00002-of-00002"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_both_spellings_of_rope(tmp_path):
+    """transformers 5 writes rope_parameters and no rope_theta: read as absent, the base would silently be 10,000."""
+    tiny(rope_theta=123.0).save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["rope_theta"] == 123.0 and Llama.from_pretrained(tmp_path).config.rope_theta == 123.0
+    del hf["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"rope_parameters": {"rope_theta": 321.0, "rope_type": "default"}}))
+    assert Llama.from_pretrained(tmp_path).config.rope_theta == 321.0
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope"), ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"), ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"), ({"head_dim": 16}, "head_dim"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"hidden_size": None}, "hidden_size"),
+    ({"vocab_size": 98}, "97, 48"), ({"num_hidden_layers": 4}, "layers.3"), ({"num_hidden_layers": 2}, "layers.2")])
+def test_what_we_cannot_honour_is_refused_by_name(change, word, tmp_path):
+    """A setting that is ignored gives a model that runs and is wrong."""
+    tiny().save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(hf | change))
+    with pytest.raises(ModelError, match=word):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_damaged_folders_are_named(tmp_path):
+    """A truncated download must not become a stack trace of another library, or a model with some weights random."""
+    with pytest.raises(ModelError, match="no folder"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="config.json"):
+        Llama.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for part in (whole[:len(whole) // 2], whole[:4], b""):
+        (tmp_path / "model.safetensors").write_bytes(part)
+        with pytest.raises(ModelError, match="model.safetensors"):
+            Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="only safetensors"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="config.json"):
+        Llama.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, and what the model may look at
+
+def naive_attention(q, k, v):
+    """What attention means, one query at a time: q (H, T, D), k and v (K, S, D), the queries last among the S positions."""
+    (H, T, D), (K, S, _) = q.shape, k.shape
+    out = torch.empty_like(q)
+    for h in range(H):
+        group = h // (H // K)                                    # heads 0..H/K-1 share key/value head 0, and so on
+        for t in range(T):
+            seen = S - T + t + 1
+            p = (k[group, :seen] @ q[h, t] / math.sqrt(D)).softmax(0)
+            out[h, t] = p @ v[group, :seen]
+    return out
+
+
+@pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
+def test_attention_is_what_it_means(T, S):
+    """SDPA's is_causal is aligned to the first key: behind a cache it would show a query one key instead of all."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
+    expected = torch.stack([naive_attention(*row) for row in zip(q, k, v)])
+    assert_close(attention(q, k, v), expected)
+
+
+def flash_stand_in(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    """flash_attn_func's contract, on any device: (B, T, heads, D), grouped heads, the causal mask aligned to the last key."""
+    T, S = q.shape[1], k.shape[1]
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=softmax_scale).transpose(1, 2)
+
+
+def test_flash_attention_gets_what_it_expects(monkeypatch):
+    """flash-attn's layout is (B, T, heads, D): without the transpose it attends over heads, and the shapes still fit."""
+    model, idx = tiny(), tokens()
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(args[0].shape)
+        return flash_stand_in(*args, **kwargs)
+
+    def run():
+        cache = KVCache(model.config, 2, 20)
+        parts = [model(idx[:, a:b], cache=cache) for a, b in ((0, 12), (12, 15), (15, 16), (16, 20))]
+        return model(idx, idx), torch.cat(parts, 1)
+
+    plain = run()
+    monkeypatch.setattr(model_module, "flash_attn_func", spy)
+    assert run()[0] == plain[0] and not calls, "in fp32 on a CPU flash-attn must not be asked"
+    monkeypatch.setattr(model_module, "flash_suits", lambda q: True)
+    flash = run()
+    assert_close(flash[1], plain[1])
+    assert abs(flash[0] - plain[0]) < 1e-5
+    assert calls[0] == (2, 12, 6, 8) and calls[-1] == (2, 20, 6, 8)
+
+
+def test_future_tokens_do_not_leak():
+    """A mask one off lets a position read its own answer: the loss is wonderful and the model useless."""
+    model, idx = tiny(), tokens()
+    changed = idx.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 97
+    a, b = model(idx), model(changed)
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.allclose(a[:, 12], b[:, 12])
+
+
+def test_rope_depends_only_on_distance():
+    """The score of two rotated vectors must be the same wherever the pair stands."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
+
+    def score(i, j):
+        return (rotate(q, *rotary(i, i + 1, 64, 1e4, "cpu")) * rotate(k, *rotary(j, j + 1, 64, 1e4, "cpu"))).sum()
+
+    for distance in (0, 1, 7, 300):
+        scores = torch.stack([score(j + distance, j) for j in (0, 5, 1000, 1700)])
+        assert scores.std() < 1e-3 * q.norm() * k.norm()         # angles near 2,000 are exact to 1e-4 in fp32
+    assert abs(score(1, 0) - score(0, 1)) > 1e-2                 # and left is not right
+
+
+def test_rotation_stays_exact_in_bf16():
+    """In bf16 neighbouring positions near 2,048 have the same angle: cos and sin must not be rounded before they are used."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 4, 64)
+    cos, sin = rotary(2040, 2044, 64, 1e4, "cpu")
+    exact, rounded = rotate(x, cos, sin), rotate(x.bfloat16(), cos, sin)
+    assert cos.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 2 ** -7 * x.abs().max()
+
+
+def test_gqa_equals_repeated_heads():
+    """Grouped-query attention is multi-head attention whose keys and values stand several times, next to one another."""
+    grouped, full = tiny(), tiny(n_kv_head=6)
+    weights = grouped.state_dict()
+    for name in weights:
+        if ".attn.k." in name or ".attn.v." in name:
+            weights[name] = weights[name].view(2, 8, 48).repeat_interleave(3, dim=0).reshape(48, 48)
+    full.load_state_dict(weights)
+    assert_close(full(tokens()), grouped(tokens()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+@pytest.mark.parametrize("cuts", [[1] * 20, [20], [7, 5, 1, 1, 6], [19, 1]])
+def test_cached_equals_full(cuts):
+    """A position counted from zero after the prompt, or a mask aligned to the wrong end, shows only with a cache."""
+    model, idx = tiny(), tokens()
+    cache = KVCache(model.config, 2, 24)
+    place = cache.k.data_ptr()
+    parts = [model(part, cache=cache) for part in idx.split(cuts, dim=1)]
+    assert_close(torch.cat(parts, 1), model(idx))
+    assert cache.length == 20 and cache.k.data_ptr() == place and cache.size == 24
+
+
+def test_a_repeated_cache_is_each_row_again():
+    """Samples of one prompt share its keys; they must not share what they write afterwards."""
+    model, idx = tiny(), tokens()
+    cache = KVCache(model.config, 2, 20)
+    model(idx[:, :12], cache=cache)
+    copies = cache.repeat(3)
+    after = tokens(6, 8, seed=3)
+    rows = torch.cat((idx[:, :12].repeat_interleave(3, 0), after), 1)
+    assert_close(model(after, cache=copies), model(rows)[:, 12:])
+    assert_close(model(idx[:, 12:], cache=cache), model(idx)[:, 12:])
+
+
+def test_a_full_cache_says_so():
+    """Writing behind its end would drop tokens in silence."""
+    model = tiny()
+    with pytest.raises(AssertionError, match="20 tokens behind 0 do not fit a cache of 8"):
+        model(tokens(), cache=KVCache(model.config, 2, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_loss_is_the_cross_entropy_of_the_logits():
+    model, x, y = tiny(), tokens(), tokens(seed=2)
+    picked = model(x).log_softmax(-1).gather(-1, y[..., None])
+    assert abs(model(x, y) + picked.mean()) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_gets_a_gradient(tied):
+    """A module that is built and not called, or a tie that is lost, trains nothing and says nothing."""
+    model = tiny(tie_embeddings=tied)
+    model(tokens(), tokens(seed=2)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 97 * 48 * (2 - tied) + sum(
+        p.numel() for p in model.blocks.parameters()) + 48
+
+
+def test_one_graph_no_breaks():
+    """A graph break costs speed in silence: fullgraph makes it an error."""
+    model = tiny()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(tokens()), model(tokens()))
+    assert torch._dynamo.explain(model)(tokens(), tokens(seed=2)).graph_count == 1
+
+
+def test_overfits_one_batch():
+    """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has it."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(**TINY)).init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(tokens(), tokens(seed=2))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+
+
+def test_the_model_does_not_know():
+    """Ranks, files of tokens and optimizers stay outside: model.py is to be read, and used, alone."""
+    text = Path(model_module.__file__).read_text()
+    for word in ("distributed", "optim", "print(", "environ", "from data import", "from train import"):
+        assert word not in text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_bf16_is_near_fp32():
+    """The backend that SDPA takes on a GPU in bf16 (flash-attn where installed) must give what fp32 gives on the CPU."""
+    model = tiny().eval()
+    expected = model(tokens()).detach()
+    got = model.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = got(tokens().cuda()).float().cpu().detach()
+    assert_close(logits, expected, tolerance=0.1)                # bf16 keeps 8 bits, three layers of them
