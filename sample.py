@@ -8,6 +8,7 @@ was drawn goes in again, until the model ends the document itself (EOS), or the 
 Prompt and continuation go to standard output, samples separated by a line ---, and nothing else does.
 """
 import argparse
+import glob
 import os
 import sys
 import time
@@ -22,12 +23,12 @@ from model import KVCache, Llama, ModelError, read_json
 # Loading
 
 def find_model(name):
-    """The folder of a checkpoint: a path, a hub name, or None for the newest of ours under out/."""
+    """The folder of a checkpoint: a path, the newest in a run's folder, or a hub name; None is the newest under out/."""
+    found = glob.glob(f"{glob.escape(name) if name else 'out/*'}/step_*/training/state.json")
+    if found:
+        return Path(max(found, key=os.path.getmtime)).parent.parent
     if name is None:
-        found = sorted(Path("out").glob("*/step_*/training/state.json"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            sys.exit("there is no checkpoint under out/: train one with python train.py config_demo.py, or name a folder")
-        return found[-1].parent.parent
+        sys.exit("there is no checkpoint under out/: train one with python train.py config_demo.py, or name a folder")
     if os.path.isdir(name) or name.count("/") != 1:
         return Path(name)                                    # a folder that is not there is named by whoever reads it
     try:
@@ -199,5 +200,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ModelError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
     except BrokenPipeError:                      # whoever read the text has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -189,6 +189,7 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
         state.write_text("{}")
         os.utime(state, (1000 - age, 1000 - age))
     assert find_model(None) == Path("out/a/step_00000009")
+    assert find_model("out/b") == Path("out/b/step_00000003")               # the folder of a run is enough
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -400,3 +400,45 @@ def test_gpu_losses_follow_the_cpus(world):
         x, y = read_batch(sources, sequences(stages, {n: s.windows for n, s in sources.items()}, cfg.seed, step), torch.device("cuda"))
         loss, _ = train_step(model, optimizer, x, y, 1e-2, 4, torch.bfloat16, cfg.grad_clip)
         assert abs(loss - expected[step, 0].item()) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long proofs
+
+@pytest.mark.slow
+def test_killed_at_random_moments(finished, world, tmp_path):
+    """Whatever moment a run dies at, inside a save too, it continues and ends with the same bits."""
+    out, rng, kills = tmp_path / "out", random.Random(7), 0
+    for attempt in range(40):
+        process = start(world, out)
+        try:
+            process.wait(rng.uniform(1, 4 + attempt))                          # on a slow machine the first get nowhere
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        process.communicate()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills > 1
+    assert_same_bits(out / "step_00000035", finished / "step_00000035")
+    assert [r["step"] for r in records(out)] == list(range(STEPS + 1)) and not list(out.glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_own_text_from_file_to_sample(tmp_path):
+    """The README's way from a text file to a model of it, command by command."""
+    (tmp_path / "my.txt").write_text("\n".join(f"{k} times {k + 1} makes {k * (k + 1)}, and that is all." for k in range(3000)))
+
+    def command(line):
+        script, *arguments = line.split()
+        done = subprocess.run([sys.executable, str(HERE / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shutil.copy(HERE / "config_demo.py", tmp_path)
+    command("prepare.py tokenizer my.txt --vocab_size=300 --out=my.model")
+    command("prepare.py tokenize my.txt --tokenizer=my.model --out=data/my")
+    assert "1 documents" in command("prepare.py inspect data/my")
+    stages = "[{'tokens':100_000,'batch':2048,'mixture':{'demo-prose':1}}]"
+    command(f"train.py config_demo.py --data=my --out_dir=out/my --stages={stages} --d_model=64 --n_head=2 --n_kv_head=1")
+    assert "times" in command("sample.py out/my --prompt=12 --temperature=0")

@@ -131,14 +131,8 @@ def split_batch(batch, ranks, micro_batch):
 # Hardware
 
 # dense bf16 FLOP/s, from the makers' data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12, "RTX 4090": 165e12,
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12}
-
-
-def find_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def choose_dtype(cfg, device):
@@ -221,10 +215,10 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
 
 
 @torch.no_grad()
-def evaluate(model, sources, cfg, micro, device, dtype):
+def evaluate(model, sources, cfg, device, dtype):
     """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each validation part, the same windows
     every time, spread evenly over it. Bits per byte do not depend on the tokenizer, nats per token do."""
-    losses, bits = {}, {}
+    losses, bits, micro = {}, {}, cfg.micro_batch
     for name, source in sources.items():
         n = min(source.windows, max(1, cfg.eval_tokens // source.context))
         n = n // micro * micro or n                                 # whole micro-batches: one shape to compile
@@ -245,16 +239,17 @@ def evaluate(model, sources, cfg, micro, device, dtype):
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
-def save(out_dir, step, model, optimizer, state, tokenizer_dir, bos_eos):
-    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed."""
-    path = out_dir / f"step_{step:08d}"
-    temporary = out_dir / f"{path.name}.tmp"
+def save(step, model, optimizer, cfg, state, sources):
+    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed. Returns its path."""
+    path = Path(cfg.out_dir) / f"step_{step:08d}"
+    temporary = path.with_suffix(".tmp")
+    name, source = next(iter(sources.items()))                      # all have the same tokenizer
     (temporary / "training").mkdir(parents=True)
     try:
-        model.save_pretrained(temporary, *bos_eos)
-        for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).exists():
-                shutil.copyfile(tokenizer_dir / name, temporary / name)
+        model.save_pretrained(temporary, source.header.bos_id, source.header.eos_id)
+        for file in TOKENIZER_FILES:
+            if (Path(cfg.data_dir) / name / file).exists():
+                shutil.copyfile(Path(cfg.data_dir) / name / file, temporary / file)
         names = {p: hf_name(name) for name, p in model.named_parameters()}
         moments = {f"{names[p]}.{key}": value.cpu() for p, values in optimizer.state.items() for key, value in values.items()}
         save_file(moments, temporary / "training/optimizer.safetensors")
@@ -264,7 +259,7 @@ def save(out_dir, step, model, optimizer, state, tokenizer_dir, bos_eos):
         for file in (*written, temporary / "training/state.json", temporary / "training", temporary):
             flush(file)
         temporary.rename(path)
-        flush(out_dir)
+        flush(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -310,9 +305,9 @@ def resume(path, model, optimizer):
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
 
 
-def delete_old(out_dir, cfg, ends):
+def delete_old(cfg, ends):
     """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of every keep_every steps."""
-    for step, path in list(checkpoints(out_dir).items())[:-cfg.keep or None]:
+    for step, path in list(checkpoints(Path(cfg.out_dir)).items())[:-cfg.keep or None]:
         if cfg.keep and step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
             shutil.rmtree(path)
 
@@ -340,20 +335,30 @@ class Stop:
 class Metrics:
     """metrics.jsonl: a line a record. What an earlier run wrote beyond `step`, and a line torn by its end, is cut off."""
 
-    def __init__(self, path, step):
+    def __init__(self, path, step, tokens_per_second_at_peak):
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and step else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(kept), "utf-8")
         os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file, self.peak = open(path, "a", encoding="utf-8"), tokens_per_second_at_peak
+        self.tokens = self.seconds = 0
 
-    def write(self, record):
+    def took(self, tokens, seconds):
+        """Counts a step's time: speed is that of the steps since the last record, without evaluations and saves."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
+    def write(self, record, memory):
+        if self.tokens:
+            rate = self.tokens / self.seconds
+            record |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None, "memory": memory}
+            self.tokens = self.seconds = 0
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        self.last = record
 
 
 def read_recipe(argv):
-    """(the config, its stages, the sources for training, those for validation) of a command line, checked as a whole."""
+    """(config, stages, training sources, those of them with a validation part) of a command line, checked as a whole."""
     cfg = load(argv, TrainConfig)
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
     if not recipes and not cfg.stages:
@@ -379,7 +384,7 @@ def read_recipe(argv):
     warmup, total = cfg.warmup_steps, sum(stage.steps for stage in stages)
     if not 0 <= warmup * stages[0].batch < sum(stage.steps * stage.batch for stage in stages):
         sys.exit(f"warmup_steps {warmup} must be at least 0 and end before the run does, which has {total} steps")
-    return replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train, val
+    return replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train, {n: s for n, s in val.items() if s.windows}
 
 
 def find_checkpoint(out_dir, description):
@@ -419,25 +424,19 @@ def main(argv):
         sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it with python")
     stop = Stop()
     cfg, stages, train, val = read_recipe(argv)
-    ends = np.cumsum([stage.steps for stage in stages]).tolist()
-    steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
-    warmup = cfg.warmup_steps * stages[0].batch * cfg.context
-    splits = {stage.batch: split_batch(stage.batch, 1, cfg.micro_batch) for stage in stages}
-    without = [name for name, source in val.items() if not source.windows]
-    evaluated = {name: source for name, source in val.items() if source.windows}
-
-    device = find_device()
+    steps = sum(stage.steps for stage in stages)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with torch.device("meta"):
         model = Llama(cfg)
     flops = model.flops_per_token()
     dtype, why_dtype = choose_dtype(cfg, device)
-    compiled, why_compiled = choose_compile(cfg, device, flops * total)
-    header = next(iter(train.values())).header
+    compiled, why_compiled = choose_compile(cfg, device, flops * tokens_after(stages, steps, cfg.context))
+    micro = {stage.batch: split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages}
     description = {
         "recipe": asdict(cfg),
         "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer} for name, source in train.items()},
         "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "compile": compiled,
-                "micro_batch": [micro for micro, _ in splits.values()]},
+                "micro_batch": list(micro.values())},
         "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     out_dir = Path(cfg.out_dir)
     first, newest = find_checkpoint(out_dir, description)
@@ -445,17 +444,17 @@ def main(argv):
         print(f"{newest} is the end of this run, all {steps} steps are done: python sample.py {newest}")
         return
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
-    print(f"commit {description['commit']}, torch {torch.__version__}, {name}")
-    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: {why_compiled}; attention by "
-          + ("flash-attn" if flash_attn_func and device.type == "cuda" and dtype == torch.bfloat16 else "SDPA"))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs a token, {flops * total:.2e} in all")
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    flash = flash_attn_func and device.type == "cuda" and dtype == torch.bfloat16
+    print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
+    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: {why_compiled}; "
+          f"attention by {'flash-attn' if flash else 'SDPA'}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs a token")
     for k, stage in enumerate(stages, 1):
-        micro, many = splits[stage.batch]
-        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = {many} x {micro} sequences of {cfg.context}; "
+        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = {stage.batch // micro[stage.batch]} x "
+              f"{micro[stage.batch]} sequences of {cfg.context}; "
               + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
-    for name in without:
+    for name in train.keys() - val.keys():
         print(f"{name} has no validation part of a whole window: it trains without one")
 
     torch.manual_seed(cfg.seed)
@@ -467,50 +466,53 @@ def main(argv):
     out_dir.mkdir(parents=True, exist_ok=True)
     for half in out_dir.glob("step_*.tmp"):
         shutil.rmtree(half)
-    metrics = Metrics(out_dir / "metrics.jsonl", first)
-    windows = {name: source.windows for name, source in train.items()}
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    metrics = Metrics(out_dir / "metrics.jsonl", first, peak and peak / flops)
+    last, newest = loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description, metrics, stop)
+    if last == steps:
+        print(f"{newest} is the end of the run")
+    else:
+        print(f"stopped after step {last}; " + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
 
-    line, seconds, since = {}, 0.0, tokens_after(stages, first, cfg.context)
-    with tqdm(total=total, initial=since, unit="tok", unit_scale=True, smoothing=0.1) as bar:
-        for step in range(first, steps + 1):                       # one turn more than there are steps: to save the last
+
+def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description, metrics, stop):
+    """The steps from `first` on, until the last or a wish to stop. (steps done, newest checkpoint)."""
+    device = model.embed.weight.device
+    windows = {name: source.windows for name, source in train.items()}
+    ends = np.cumsum([stage.steps for stage in stages]).tolist()
+    steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
+    warmup = cfg.warmup_steps * stages[0].batch * cfg.context
+    line = {}
+    with tqdm(total=total, initial=tokens_after(stages, first, cfg.context), unit="tok", unit_scale=True) as bar:
+        for step in range(first, steps + 1):                # one turn more than there are steps: to evaluate and save the last
             seen, new = tokens_after(stages, step, cfg.context), step > first
-            if (new or step == 0) and evaluated and (step % cfg.eval_every == 0 or step in ends):
-                val_loss, bits = evaluate(model, evaluated, cfg, cfg.micro_batch, device, dtype)
-                line |= {"val_loss": val_loss, "bits_per_byte": bits}
+            if val and (new or step == 0) and (step % cfg.eval_every == 0 or step in ends):
+                line["val_loss"], line["bits_per_byte"] = evaluate(model, val, cfg, device, dtype)
             if line and (step % cfg.log_every == 0 or step in ends or "val_loss" in line):
-                if new:
-                    rate = (seen - since) / seconds
-                    line |= {"tokens_per_second": rate, "mfu": rate * flops / peak if peak else None, "memory": memory_used(device)}
-                    seconds, since = 0.0, seen
-                metrics.write({"step": step, "tokens": seen} | line)
-                bar.write(in_words(step, steps, line), file=sys.stdout)
+                metrics.write({"step": step, "tokens": seen} | line, memory_used(device))
+                bar.write(in_words(metrics.last, steps), file=sys.stdout)
             if new and (step % cfg.save_every == 0 or step in ends or stop):
-                newest = save(out_dir, step, model, optimizer, description | {"tokens": seen},
-                              Path(cfg.data_dir) / train[min(train)].name, (header.bos_id, header.eos_id))
-                delete_old(out_dir, cfg, ends)
+                newest = save(step, model, optimizer, cfg, description | {"tokens": seen}, train)
+                delete_old(cfg, ends)
             if step == steps or stop:
-                break
+                return step, newest
             start = time.perf_counter()
             rows = sequences(stages, windows, cfg.seed, step)
             x, y = read_batch(train, rows, device)
             lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
-            loss, norm = train_step(model, optimizer, x, y, lr, splits[len(rows)][0], dtype, cfg.grad_clip)
+            loss, norm = train_step(model, optimizer, x, y, lr, micro[len(rows)], dtype, cfg.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 sys.exit(f"step {step + 1} is not finite: loss {loss}, norm of the gradient {norm}; stopped before the weights moved. "
                          f"Last good checkpoint: {newest or 'none yet'}. A smaller --learning_rate or more --warmup_steps may help")
             line = {"loss": loss, "lr": lr, "grad_norm": norm}
-            seconds += time.perf_counter() - start
+            metrics.took(x.numel(), time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update(x.numel())
-    if step == steps:
-        print(f"{newest} is the end of the run")
-    else:
-        print(f"stopped after step {step}; " + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
 
 
-def in_words(step, steps, line):
+def in_words(line, steps):
     """A record for people."""
-    text = f"step {step}/{steps}"
+    text = f"step {line['step']}/{steps}"
     if "loss" in line:
         text += (f"  loss {line['loss']:.3f}  lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  "
                  f"{line['tokens_per_second']:,.0f} tok/s" + (f"  MFU {line['mfu']:.1%}" if line["mfu"] else ""))
