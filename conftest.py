@@ -1,5 +1,5 @@
-"""What all tests share: one thread a process. Tiny models lose more by sharing out their work than they win, and on a busy
-machine the waiting multiplies."""
+"""What all tests share: one thread a process. Tiny models lose more by sharing out their work than
+they win, and on a busy machine the waiting multiplies."""
 import os
 
 import torch

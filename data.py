@@ -1,23 +1,27 @@
 """Tokens on disk, and the order in which training reads them.
 
-A source is a folder, data/NAME, with token files train_00000.bin, train_00001.bin, ... and val_00000.bin, ..., the
-tokenizer they were written with and source.json, which counts what is in them. Its tokens are those of its files one
-after the other. With a context of T they are cut into windows of T + 1 tokens, of which the last is the first of the next
-window (T = 4 here), so that each token but the first is a target exactly once:
+A source is a folder, data/NAME, with token files train_00000.bin, train_00001.bin, ... and
+val_00000.bin, ..., the tokenizer they were written with and source.json, which counts what is in
+them. Its tokens are those of its files one after the other. With a context of T they are cut into
+windows of T + 1 tokens, of which the last is the first of the next window (T = 4 here), so that
+each token but the first is a target exactly once:
 
     tokens      a b c d e f g h i j k       x = a b c d    y = b c d e
     window 0    a b c d e                   x = e f g h    y = f g h i
     window 1            e f g h i           and j, k, fewer than T, are left over
 
-Which windows make up optimizer step k follows from (seed, stages, k) alone: from nothing read before, no state of a loader,
-no number of GPUs. So a run continues anywhere, at once and exactly, and knowing a step is knowing its data. Two ideas do it.
+Which windows make up optimizer step k follows from (seed, stages, k) alone: from nothing read
+before, no state of a loader, no number of GPUs. So a run continues anywhere, at once and exactly,
+and knowing a step is knowing its data. Two ideas do it.
 
-1. Mixing: in what order the sources take turns. After x sequences of a stage a source should have given its share,
-   integrated from the stage's start, a real number; it falls due for its j-th sequence when that number passes j - 1/2.
-   Serving the sources as they fall due keeps each within (K - 1)/2 sequences of its share, for K sources, and no count ever
-   goes back. Shares are fractions, never floats: rounding would let a count go back by one now and then.
-2. Shuffling: a permutation of a source's windows for each epoch that is computed at one index and never stored, a Feistel
-   network (Luby and Rackoff 1988). Each round is invertible, whatever its keys, so the whole is.
+1. Mixing: in what order the sources take turns. After x sequences of a stage a source should have
+   given its share, integrated from the stage's start, a real number; it falls due for its j-th
+   sequence when that number passes j - 1/2. Serving the sources as they fall due keeps each within
+   (K - 1)/2 sequences of its share, for K sources, and no count ever goes back. Shares are
+   fractions, never floats: rounding would let a count go back by one now and then.
+2. Shuffling: a permutation of a source's windows for each epoch that is computed at one index and
+   never stored, a Feistel network (Luby and Rackoff 1988). Each round is invertible, whatever its
+   keys, so the whole is.
 """
 import json
 import os
@@ -36,8 +40,9 @@ class DataError(ValueError):
     """Data or a mixture that cannot be trained on; the message says which, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token files: 256 little-endian int32, then the tokens as uint16, or uint32 where the vocabulary needs it
+# --------------------------------------------------------------------------------------------------
+# Token files: 256 little-endian int32, then the tokens as uint16, or uint32 where the vocabulary
+# needs it
 
 @dataclass(frozen=True)
 class Header:
@@ -64,25 +69,28 @@ def read_header(path):
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path} is truncated: {len(raw)} bytes, and the header alone has {HEADER_BYTES}; prepare it again")
+        raise DataError(f"{path} is truncated: {len(raw)} bytes, "
+                        f"and the header alone has {HEADER_BYTES}; prepare it again")
     words = np.frombuffer(raw, "<u4")
     magic, version, itemsize, vocab_size, low, high, bos_id, eos_id = map(int, words[:8])
     if (magic, version) != (MAGIC, VERSION):
-        raise DataError(f"{path} is no token file of ours: magic {magic} and version {version} where {MAGIC} and {VERSION} "
-                        "should be; make it with prepare.py tokenize")
+        raise DataError(f"{path} is no token file of ours: magic {magic} and version {version} "
+                        f"where {MAGIC} and {VERSION} should be; make it with prepare.py tokenize")
     header = Header(vocab_size, bos_id, eos_id, words[8:16].tobytes().hex(), low | high << 32)
     if itemsize != header.dtype.itemsize or max(bos_id, eos_id) >= vocab_size:
-        raise DataError(f"{path}: {itemsize} bytes a token, BOS {bos_id} and EOS {eos_id} do not go with a vocabulary of "
-                        f"{vocab_size}; prepare it again")
+        raise DataError(f"{path}: {itemsize} bytes a token, BOS {bos_id} and EOS {eos_id} do not "
+                        f"go with a vocabulary of {vocab_size}; prepare it again")
     expected, size = HEADER_BYTES + header.tokens * itemsize, os.path.getsize(path)
     if size != expected:
-        raise DataError(f"{path} is {'truncated' if size < expected else 'too long'}: {size} bytes, and its header promises "
-                        f"{header.tokens} tokens, {expected} bytes; prepare it again")
+        raise DataError(f"{path} is {'truncated' if size < expected else 'too long'}: "
+                        f"{size} bytes, and its header promises {header.tokens} tokens, "
+                        f"{expected} bytes; prepare it again")
     return header
 
 
 class TokenWriter:
-    """Writes one token file under a temporary name, and gives it its own when `with` ends without an error."""
+    """Writes one token file under a temporary name, and gives it its own when `with` ends without
+    an error."""
 
     def __init__(self, path, header):
         self.path, self.header, self.tokens = Path(path), header, 0
@@ -97,7 +105,8 @@ class TokenWriter:
         """Appends a sequence of ids. Raises DataError for one that is outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
-            raise DataError(f"ids {ids.min()} to {ids.max()} for {self.path}, whose vocabulary ends at {self.header.vocab_size - 1}")
+            raise DataError(f"ids {ids.min()} to {ids.max()} for {self.path}, "
+                            f"whose vocabulary ends at {self.header.vocab_size - 1}")
         self.file.write(ids.astype(self.header.dtype).tobytes())
         self.tokens += len(ids)
 
@@ -114,13 +123,14 @@ class TokenWriter:
             self.temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sources
 
 class Source:
     """The windows of one split, "train" or "val", of the folder data/NAME.
 
-    Attributes: name, header (its `tokens` those of all files), windows (how many), info (source.json's entry of the split).
+    Attributes: name, header (its `tokens` those of all files), windows (how many), info
+    (source.json's entry of the split).
     """
 
     def __init__(self, folder, split, context):
@@ -148,20 +158,23 @@ class Source:
             info = json.loads((folder / "source.json").read_text("utf-8"))[split]
             counted = info["tokens"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): prepare the source again") from None
+            raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): "
+                            "prepare the source again") from None
         if counted != total:
-            raise DataError(f"{folder}: source.json counts {counted} tokens for {split}, its files hold {total}: "
-                            "prepare the source again")
+            raise DataError(f"{folder}: source.json counts {counted} tokens for {split}, "
+                            f"its files hold {total}: prepare the source again")
         return info
 
     def check_tokenizer(self, folder, headers):
         try:
             beside = sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
         except OSError as error:
-            raise DataError(f"{folder / 'tokenizer.model'} cannot be read ({error}): prepare the source again") from None
+            raise DataError(f"{folder / 'tokenizer.model'} cannot be read ({error}): "
+                            "prepare the source again") from None
         for path, header in zip(self.files, headers):
             if header.tokenizer != beside:
-                raise DataError(f"{path} was written with another tokenizer ({header.tokenizer[:12]}) than the one beside it "
+                raise DataError(f"{path} was written with another tokenizer "
+                                f"({header.tokenizer[:12]}) than the one beside it "
                                 f"({beside[:12]}): prepare the source again")
 
     def window(self, i):
@@ -169,26 +182,31 @@ class Source:
         return self.read(i * self.context, (i + 1) * self.context + 1)
 
     def read(self, start, stop):
-        """Tokens start to stop - 1 of the source, of which there must be one, from as many files as they lie in."""
+        """Tokens start to stop - 1 of the source, of which there must be one, from as many files as
+        they lie in."""
         parts = []
-        for f in range(np.searchsorted(self.starts, start, "right") - 1, np.searchsorted(self.starts, stop, "left")):
+        for f in range(np.searchsorted(self.starts, start, "right") - 1,
+                       np.searchsorted(self.starts, stop, "left")):
             first, last = max(start, self.starts[f]), min(stop, self.starts[f + 1])
-            parts.append(np.fromfile(self.files[f], self.header.dtype, count=last - first,
-                                     offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
+            parts.append(np.fromfile(
+                self.files[f], self.header.dtype, count=last - first,
+                offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
         ids = np.concatenate(parts).astype(np.int64)
         if ids.max() >= self.header.vocab_size:
-            raise DataError(f"{self.files[f]}: id {ids.max()} between tokens {start} and {stop}, and the vocabulary ends at "
-                            f"{self.header.vocab_size - 1}: the file is damaged, prepare it again")
+            raise DataError(f"{self.files[f]}: id {ids.max()} between tokens {start} and {stop}, "
+                            f"and the vocabulary ends at {self.header.vocab_size - 1}: "
+                            "the file is damaged, prepare it again")
         return ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stages and mixing
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` optimizer steps of `batch` sequences. Over the first `ramp` sequences the share of each source goes linearly
-    from what it was before to `shares`; the shares of each of the two add up to 1."""
+    """`steps` optimizer steps of `batch` sequences. Over the first `ramp` sequences the share of
+    each source goes linearly from what it was before to `shares`; the shares of each of the two add
+    up to 1."""
     steps: int
     batch: int
     shares: dict
@@ -201,30 +219,37 @@ class Stage:
 
 
 def parse_stages(stages, context):
-    """The list of Stages of a recipe's `stages`: dicts of tokens, batch (tokens), mixture and, where wanted, ramp (tokens).
-    A stage of N tokens has ceil(N / batch) steps. Raises DataError for what is not a recipe, naming stage and numbers."""
+    """The list of Stages of a recipe's `stages`: dicts of tokens, batch (tokens), mixture and,
+    where wanted, ramp (tokens). A stage of N tokens has ceil(N / batch) steps. Raises DataError for
+    what is not a recipe, naming stage and numbers."""
     parsed = []
     for k, stage in enumerate(stages, 1):
-        keys = set(stage) if isinstance(stage, dict) and isinstance(stage.get("mixture"), dict) else set()
+        keys = (set(stage) if isinstance(stage, dict) and isinstance(stage.get("mixture"), dict)
+                else set())
         if not {"tokens", "batch", "mixture"} <= keys <= {"tokens", "batch", "mixture", "ramp"}:
-            raise DataError(f"stage {k} is {stage}: it must be a dict of tokens, batch, mixture (itself a dict, "
-                            "source: share) and, where wanted, ramp")
-        tokens, batch, ramp = (whole(stage.get(key, 0), f"{key} of stage {k}") for key in ("tokens", "batch", "ramp"))
+            raise DataError(f"stage {k} is {stage}: it must be a dict of tokens, batch, "
+                            "mixture (itself a dict, source: share) and, where wanted, ramp")
+        tokens, batch, ramp = (whole(stage.get(key, 0), f"{key} of stage {k}")
+                               for key in ("tokens", "batch", "ramp"))
         if tokens < 1 or batch < 1:
-            raise DataError(f"stage {k} has {tokens} tokens in batches of {batch}: both must be at least 1")
+            raise DataError(f"stage {k} has {tokens} tokens in batches of {batch}: "
+                            "both must be at least 1")
         if batch % context:
-            raise DataError(f"stage {k}: a batch of {batch} tokens is no whole number of sequences of {context}; the next "
-                            f"that is: {-(-batch // context) * context}")
+            raise DataError(f"stage {k}: a batch of {batch} tokens is no whole number of sequences "
+                            f"of {context}; the next that is: {-(-batch // context) * context}")
         if ramp > tokens or (ramp and k == 1):
-            raise DataError(f"stage {k} has a ramp of {ramp} tokens: it may be as long as the stage, {tokens}, and the first "
-                            "stage has none")
+            raise DataError(f"stage {k} has a ramp of {ramp} tokens: it may be as long as the "
+                            f"stage, {tokens}, and the first stage has none")
         shares = stage["mixture"].values()
-        if not all(isinstance(s, (int, float)) and 0 <= s < float("inf") for s in shares) or not sum(shares):
-            raise DataError(f"stage {k}: the shares {stage['mixture']} must be numbers, none negative, not all zero")
+        if (not all(isinstance(s, (int, float)) and 0 <= s < float("inf") for s in shares)
+                or not sum(shares)):
+            raise DataError(f"stage {k}: the shares {stage['mixture']} must be numbers, "
+                            "none negative, not all zero")
         exact = {name: Fraction(str(share)) for name, share in stage["mixture"].items()}
         shares = {name: share / sum(exact.values()) for name, share in exact.items()}
         before = parsed[-1].shares if ramp else shares
-        parsed.append(Stage(-(-tokens // batch), batch // context, shares, before, Fraction(ramp, context)))
+        parsed.append(Stage(-(-tokens // batch), batch // context, shares, before,
+                            Fraction(ramp, context)))
     if not parsed:
         raise DataError("the recipe has no stages: it needs at least one")
     return parsed
@@ -237,7 +262,8 @@ def whole(number, what):
 
 
 def due(stage, name, x):
-    """How many sequences source `name` should have given after x of the stage: its integrated share, rounded. Exact."""
+    """How many sequences source `name` should have given after x of the stage: its integrated
+    share, rounded. Exact."""
     before, share = stage.before.get(name, 0), stage.shares.get(name, 0)
     r = min(x, stage.ramp)
     integral = before * r + share * (x - r)
@@ -249,8 +275,9 @@ def due(stage, name, x):
 def counts(stage, n):
     """How many of the first n sequences of a stage come from each source, {name: count}.
 
-    The counts due at x add up to within K/2 of x, so what was due K sequences ago has been served by now, and from there it
-    takes a few turns, each source in turn by name giving one when it has become due for one more.
+    The counts due at x add up to within K/2 of x, so what was due K sequences ago has been served
+    by now, and from there it takes a few turns, each source in turn by name giving one when it has
+    become due for one more.
     """
     names = stage.names
     x = max(0, n - len(names))
@@ -265,7 +292,7 @@ def counts(stage, n):
     return served
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shuffling
 
 def scramble(x, key):
@@ -277,11 +304,13 @@ def scramble(x, key):
 
 
 def shuffled(indices, n, *key):
-    """Elements `indices` (array of ints below n) of the permutation of range(n) that `key` names, as int64.
+    """Elements `indices` (array of ints below n) of the permutation of range(n) that `key` names,
+    as int64.
 
-    An index is a place (l, r) in a table of a x b >= n places. A round moves l by a number that depends on r alone, the next
-    one r by a number that depends on l alone: both can be undone, so places are permuted. A place beyond n is moved on until
-    it falls below n, which keeps it a permutation.
+    An index is a place (l, r) in a table of a x b >= n places. A round moves l by a number that
+    depends on r alone, the next one r by a number that depends on l alone: both can be undone, so
+    places are permuted. A place beyond n is moved on until it falls below n, which keeps it a
+    permutation.
     """
     keys = np.frombuffer(blake2b(repr(key).encode()).digest(), "<u8")         # 8 of them
     a = isqrt(n - 1) + 1
@@ -291,7 +320,8 @@ def shuffled(indices, n, *key):
     while moving.any():
         l, r = place[moving] // b, place[moving] % b
         for k in range(0, 8, 2):
-            l = (l + scramble(r, keys[k]) % a) % a           # % before +: a sum that wraps at 2^64 could not be undone
+            # % before +: a sum that wraps at 2^64 could not be undone
+            l = (l + scramble(r, keys[k]) % a) % a
             r = (r + scramble(l, keys[k + 1]) % b) % b
         place[moving] = l * b + r
         moving = place >= n
@@ -299,9 +329,11 @@ def shuffled(indices, n, *key):
 
 
 def sequences(stages, windows, seed, step):
-    """The batch of optimizer step `step` (from 0): a list of (source name, window). `windows` is {name: how many it has}.
+    """The batch of optimizer step `step` (from 0): a list of (source name, window). `windows` is
+    {name: how many it has}.
 
-    A source's windows are numbered through the run, across stages; the j-th is element j mod W of its epoch j div W.
+    A source's windows are numbered through the run, across stages; the j-th is element j mod W of
+    its epoch j div W.
     """
     given = dict.fromkeys(windows, 0)
     for stage in stages:

@@ -1,23 +1,26 @@
-"""The Llama 2 decoder as TinyLlama uses it (arXiv 2401.02385), whole: 22 blocks between an embedding and a head.
+"""The Llama 2 decoder as TinyLlama uses it (arXiv 2401.02385), whole: 22 blocks between an
+embedding and a head.
 
     idx (B, T) ── embed ── x (B, T, C) ──▶ block × 22 ──▶ RMSNorm ── head ──▶ logits (B, T, V)
 
 One block adds to the residual stream x twice and never replaces it:
 
-    x ─┬─ RMSNorm ─ q, k, v ─ rotate q, k ─ attention ─ o ──(+)─┬─ RMSNorm ─ silu(gate) × up ─ down ──(+)──▶ x
-       └────────────────────────────────────────────────────────┘└───────────────────────────────────────┘
+    x ─┬─ RMSNorm ─ q, k, v ─ rotate q, k ─ attention ─ o ──(+)──▶ x
+       └─────────────────────────────────────────────────────┘
+    x ─┬─ RMSNorm ─ silu(gate) × up ─ down ──(+)──▶ x
+       └──────────────────────────────────────┘
 
 Letters, here and in every shape comment:
-    B batch, T time (tokens), S time with what the cache holds, C = d_model, F = d_ff, V = vocab_size,
-    H query heads, K key/value heads, D = C / H numbers a head
+    B batch, T time (tokens), S time with what the cache holds, C = d_model, F = d_ff,
+    V = vocab_size, H query heads, K key/value heads, D = C / H numbers a head
 
 Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 5632, V 32000:
 
-    embed and head        2 × V·C                   131,072,000
-    22 × q and o          2 × C·C                   184,549,376
-    22 × k and v          2 × C·K·D                  23,068,672     multi-head attention would have 184,549,376
-    22 × gate, up, down   3 × C·F                   761,266,176
-    45 norms              C each                         92,160
+    embed and head        2 × V·C         131,072,000
+    22 × q and o          2 × C·C         184,549,376
+    22 × k and v          2 × C·K·D        23,068,672   multi-head attention would have 184,549,376
+    22 × gate, up, down   3 × C·F         761,266,176
+    45 norms              C each               92,160
 
 Whatever is put on from outside (devices, precision, compilation) is unknown to this file.
 """
@@ -35,12 +38,13 @@ from safetensors.torch import save_file
 
 try:
     from flash_attn import flash_attn_func
-except ImportError:                          # it needs a CUDA compiler to install, and nothing here needs it
+except ImportError:      # it needs a CUDA compiler to install, and nothing here needs it
     flash_attn_func = None
 
 
 class ModelError(ValueError):
-    """A model that cannot be built, or a folder that does not hold one we can read; the message says which and why."""
+    """A model that cannot be built, or a folder that does not hold one we can read; the message
+    says which and why."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ class ModelConfig:
             if getattr(self, key) < 1:
                 raise ModelError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.d_model % (2 * self.n_head):
-            raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = {2 * self.n_head}: "
-                             "each head rotates pairs of its numbers")
+            raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
+                             f"{2 * self.n_head}: each head rotates pairs of its numbers")
         if self.n_head % self.n_kv_head:
-            raise ModelError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+            raise ModelError(f"n_head {self.n_head} must be a multiple of "
+                             f"n_kv_head {self.n_kv_head}")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467): LayerNorm without mean and bias."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467): LayerNorm without mean and
+    bias."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -85,21 +91,26 @@ class RMSNorm(nn.Module):
 
 
 def rotary(start, stop, head_dim, theta, device):
-    """cos and sin, (T, D) each in fp32, of the rotary angles at positions start..stop-1 (RoFormer, arXiv 2104.09864).
+    """cos and sin, (T, D) each in fp32, of the rotary angles at positions start..stop-1 (RoFormer,
+    arXiv 2104.09864).
 
-    Pair i of a head turns by theta^(-2i/D) a position. They are computed anew each forward, which costs nothing beside
-    it; a table kept in the model would be lost on the meta device and rounded by .to(bfloat16).
+    Pair i of a head turns by theta^(-2i/D) a position. They are computed anew each forward, which
+    costs nothing beside it; a table kept in the model would be lost on the meta device and rounded
+    by .to(bfloat16).
     """
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+                           / head_dim)
     angle = torch.arange(start, stop, device=device, dtype=torch.float32)[:, None] * frequency
     angle = torch.cat((angle, angle), dim=-1)                                # (T, D)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, D) with the pairs (x[i], x[i + D/2]) turned by their angle: the half-split layout, that of Hugging Face.
+    """x (B, H, T, D) with the pairs (x[i], x[i + D/2]) turned by their angle: the half-split
+    layout, that of Hugging Face.
 
-    In fp32 whatever x is: in bf16 the angles of neighbouring positions near 2,048 would be the same number.
+    In fp32 whatever x is: in bf16 the angles of neighbouring positions near 2,048 would be the same
+    number.
     """
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
@@ -107,31 +118,37 @@ def rotate(x, cos, sin):
 
 def flash_suits(q):
     """Whether flash-attn is installed and can take these tensors."""
-    return flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    return (flash_attn_func is not None and q.is_cuda and q.shape[-1] <= 256
+            and q.dtype in (torch.float16, torch.bfloat16))
 
 
 def attention(q, k, v):
-    """softmax(q kᵀ / √D) v, causal: q (B, H, T, D) are the last T of the S positions of k and v (B, K, S, D).
+    """softmax(q kᵀ / √D) v, causal: q (B, H, T, D) are the last T of the S positions of k and v
+    (B, K, S, D).
 
-    Grouped-query attention (arXiv 2305.13245), here with H = 8 and K = 2: four query heads share one key/value head, so
-    the cache is a quarter as large.
+    Grouped-query attention (arXiv 2305.13245), here with H = 8 and K = 2: four query heads share
+    one key/value head, so the cache is a quarter as large.
         query heads   0 1 2 3   4 5 6 7
         k, v heads       0         1
     """
     T, S = q.shape[2], k.shape[2]
-    if flash_suits(q):                               # (B, T, H, D); its causal mask is aligned to the last position
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
+    if flash_suits(q):       # (B, T, H, D); its causal mask is aligned to the last position
+        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                               causal=True).transpose(1, 2)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # SDPA aligns is_causal to the first position, which is wrong behind a cache: query t sees S - T + t + 1 keys
+    # SDPA aligns is_causal to the first position, which is wrong behind a cache: query t sees
+    # S - T + t + 1 keys
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for one generation of B rows and at most `size` tokens.
+    """Keys and values of the positions seen so far, for one generation of B rows and at most `size`
+    tokens.
 
-    Its tensors, (layer, B, K, size, D), never change shape or place. The model writes into them and advances `length`.
+    Its tensors, (layer, B, K, size, D), never change shape or place. The model writes into them and
+    advances `length`.
     """
 
     def __init__(self, config, batch, size, device=None, dtype=None):
@@ -145,14 +162,16 @@ class KVCache:
         return self.k.shape[3]
 
     def append(self, layer, k, v):
-        """Writes k and v (B, K, T, D) behind what `layer` has and returns views of all of it, (B, K, S, D)."""
+        """Writes k and v (B, K, T, D) behind what `layer` has and returns views of all of it,
+        (B, K, S, D)."""
         stop = self.length + k.shape[2]
         self.k[layer, :, :, self.length:stop] = k
         self.v[layer, :, :, self.length:stop] = v
         return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
 
     def repeat(self, n):
-        """A cache in which each row stands n times: a prompt is run once, however many samples are drawn from it."""
+        """A cache in which each row stands n times: a prompt is run once, however many samples are
+        drawn from it."""
         copy = object.__new__(KVCache)
         copy.k, copy.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
         copy.length = self.length
@@ -160,7 +179,8 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """x @ weightᵀ, without bias and without initial values of its own: Llama.init_weights sets them all, once."""
+    """x @ weightᵀ, without bias and without initial values of its own: Llama.init_weights sets them
+    all, once."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -216,15 +236,17 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `model(idx, targets)` is the loss, `model(idx)` the logits, `model(idx, cache=cache)` those of a
-    continuation. Its weights are whatever memory holds until `init_weights` or `from_pretrained` has set them."""
+    """The decoder. `model(idx, targets)` is the loss, `model(idx)` the logits,
+    `model(idx, cache=cache)` those of a continuation. Its weights are whatever memory holds until
+    `init_weights` or `from_pretrained` has set them."""
 
     def __init__(self, config):
         super().__init__()
         if config.vocab_size < 1:
             raise ModelError(f"vocab_size must be at least 1, got {config.vocab_size}")
         self.config = config
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model),
+                                                  freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
@@ -232,9 +254,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The initial values of every parameter, those of the original's code (lit_gpt/model.py at bf12224, line 40):
-        N(0, 2 / 5C) for matrices, N(0, 1 / √C / n_layer) for the two that write to the residual stream, 1 for norms.
-        After building on the meta device and `to_empty` this is all that is needed."""
+        """The initial values of every parameter, those of the original's code (lit_gpt/model.py at
+        bf12224, line 40): N(0, 2 / 5C) for matrices, N(0, 1 / √C / n_layer) for the two that write
+        to the residual stream, 1 for norms. After building on the meta device and `to_empty` this
+        is all that is needed."""
         C = self.config.d_model
         for name, p in self.named_parameters():
             if p.ndim == 1:
@@ -246,13 +269,15 @@ class Llama(nn.Module):
         return self
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With a cache, idx continues
-        what the cache holds, and the cache then holds idx too."""
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With
+        a cache, idx continues what the cache holds, and the cache then holds idx too."""
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         if cache is not None:
-            assert start + T <= cache.size, f"{T} tokens behind {start} do not fit a cache of {cache.size}"
-        cos, sin = rotary(start, start + T, self.config.head_dim, self.config.rope_theta, idx.device)
+            assert start + T <= cache.size, (
+                f"{T} tokens behind {start} do not fit a cache of {cache.size}")
+        cos, sin = rotary(start, start + T, self.config.head_dim, self.config.rope_theta,
+                          idx.device)
         x = self.embed(idx)                                                  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache, layer)
@@ -265,31 +290,36 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def flops_per_token(self, T=None):
-        """FLOPs to train on one token of a sequence of T (the context if None): 6N + 12LCT (PaLM, arXiv 2204.02311,
-        appendix B), N all parameters: 2 FLOPs each forward and 4 backward; attention as if it were not causal."""
+        """FLOPs to train on one token of a sequence of T (the context if None): 6N + 12LCT (PaLM,
+        arXiv 2204.02311, appendix B), N all parameters: 2 FLOPs each forward and 4 backward;
+        attention as if it were not causal."""
         T = T or self.config.context
         attn = sum(12 * m.o.in_features * T for m in self.modules() if isinstance(m, Attention))
         return 6 * sum(p.numel() for p in self.parameters()) + attn
 
     def save_pretrained(self, folder, bos_id=1, eos_id=2):
-        """Writes config.json, generation_config.json and model.safetensors as `transformers`, vLLM and llama.cpp's
-        converter read them."""
+        """Writes config.json, generation_config.json and model.safetensors as `transformers`, vLLM
+        and llama.cpp's converter read them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {hf_name(name): p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        tensors = {hf_name(name): p.detach().cpu().contiguous()
+                   for name, p in self.named_parameters()}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         write_json(folder / "config.json", hf_config(self.config) | tokens | {"torch_dtype": dtype})
-        # no sampling by default: a generation_config with it on once made the original's evaluations irreproducible
+        # no sampling by default: a generation_config with it on once made the original's
+        # evaluations irreproducible
         write_json(folder / "generation_config.json", tokens | {"max_length": self.config.context})
         save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=torch.float32):
-        """The model of a Hugging Face Llama folder (safetensors, one file or several), its weights in `dtype`.
+        """The model of a Hugging Face Llama folder (safetensors, one file or several), its weights
+        in `dtype`.
 
-        Raises ModelError for a folder that lacks something and for a configuration that this file does not implement.
+        Raises ModelError for a folder that lacks something and for a configuration that this file
+        does not implement.
         """
         folder = Path(folder)
         config = config_from_hf(read_json(folder / "config.json"))
@@ -301,7 +331,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, folder):
-        """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a time."""
+        """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a
+        time."""
         missing, unknown = {hf_name(name): p for name, p in self.named_parameters()}, []
         for path in safetensors_files(folder):
             try:
@@ -316,36 +347,44 @@ class Llama(nn.Module):
                         elif not name.endswith(DERIVED[:1 + self.config.tie_embeddings]):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read, it is truncated or no safetensors file ({error})") from None
+                raise ModelError(f"{path} cannot be read, "
+                                 f"it is truncated or no safetensors file ({error})") from None
         if missing or unknown:
             raise ModelError(f"{folder} does not hold the model of its config.json: "
-                             f"missing {sorted(missing) or 'nothing'}, unknown {sorted(unknown) or 'nothing'}")
+                             f"missing {sorted(missing) or 'nothing'}, "
+                             f"unknown {sorted(unknown) or 'nothing'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders: other names for the same things. Both rotate half-split, so no weight is permuted.
+# --------------------------------------------------------------------------------------------------
+# Hugging Face folders: other names for the same things. Both rotate half-split, so no weight is
+# permuted.
 
-HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
-              "attn_norm": "input_layernorm", "attn": "self_attn", "mlp_norm": "post_attention_layernorm",
+HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+              "head": "lm_head", "attn_norm": "input_layernorm", "attn": "self_attn",
+              "mlp_norm": "post_attention_layernorm",
               "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
               "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
-HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
-             "n_kv_head": "num_key_value_heads", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
-             "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
-             "tie_embeddings": "tie_word_embeddings"}
+HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
+             "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+             "d_ff": "intermediate_size", "vocab_size": "vocab_size",
+             "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+             "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
 
-# tensors some writers store that follow from others: the rotary frequencies and, where tied, the head
+# tensors some writers store that follow from others: the rotary frequencies and, where tied, the
+# head
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 def hf_name(name):
-    """The name Hugging Face gives a parameter: blocks.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight."""
+    """The name Hugging Face gives a parameter: blocks.0.attn.q.weight ->
+    model.layers.0.self_attn.q_proj.weight."""
     return ".".join(HF_MODULES.get(part, part) for part in name.split("."))
 
 
 def hf_config(config):
-    """The config.json of a ModelConfig, in the spelling that every version of `transformers` and vLLM reads."""
+    """The config.json of a ModelConfig, in the spelling that every version of `transformers` and
+    vLLM reads."""
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "use_cache": True,
             "initializer_range": math.sqrt(2 / 5 / config.d_model)} | {
@@ -353,20 +392,23 @@ def hf_config(config):
 
 
 def config_from_hf(hf):
-    """The ModelConfig of a config.json (a dict). Raises ModelError naming each setting that this model cannot honour."""
+    """The ModelConfig of a config.json (a dict). Raises ModelError naming each setting that this
+    model cannot honour."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}          # transformers 5 | 4
     heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
     can = {"model_type": (hf.get("model_type"), "llama"),
            "architectures": (hf.get("architectures") or ["LlamaForCausalLM"], ["LlamaForCausalLM"]),
            "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-           "partial_rotary_factor": (rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
+           "partial_rotary_factor": (
+               rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
            "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
            "attention_bias": (hf.get("attention_bias", False), False),
            "mlp_bias": (hf.get("mlp_bias", False), False),
            "quantization_config": (hf.get("quantization_config"), None)}
     if heads and width:
         can["head_dim"] = (hf.get("head_dim") or width // heads, width // heads)
-    refused = [f"{key} = {value!r} (only {only!r})" for key, (value, only) in can.items() if value != only]
+    refused = [f"{key} = {value!r} (only {only!r})" for key, (value, only) in can.items()
+               if value != only]
     if refused:
         raise ModelError(f"this config.json is not of a model we implement: {', '.join(refused)}")
     # the values `transformers` assumes where a config.json is silent
@@ -382,10 +424,12 @@ def config_from_hf(hf):
 def safetensors_files(folder):
     """The files that hold a folder's weights: those its index names, or the only one."""
     index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = (set(read_json(index)["weight_map"].values()) if index.exists()
+             else {"model.safetensors"})
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
     if absent:
-        raise ModelError(f"{folder} has no {', '.join(absent)} (of weights, only safetensors files are read)")
+        raise ModelError(f"{folder} has no {', '.join(absent)} "
+                         "(of weights, only safetensors files are read)")
     return [folder / name for name in sorted(names)]
 
 

@@ -1,4 +1,5 @@
-"""Proofs of config.py and of the recipes: every mistake is found, every recipe loads, every key does something."""
+"""Proofs of config.py and of the recipes: every mistake is found, every recipe loads, every key
+does something."""
 import ast
 import re
 from dataclasses import dataclass, field, fields
@@ -27,25 +28,31 @@ class Config:
 
 def test_the_last_argument_wins(tmp_path):
     recipe = tmp_path / "config_x.py"
-    recipe.write_text("import math\n_half = 3\nlayers = 2 * _half\nrate = 1\nname = 'x'\ndef helper(): pass\n")
+    recipe.write_text("import math\n_half = 3\nlayers = 2 * _half\n"
+                      "rate = 1\nname = 'x'\ndef helper(): pass\n")
     assert load([], Config) == Config()
     assert load([str(recipe)], Config) == Config(layers=6, rate=1.0, name="x")
-    assert load([str(recipe), "--layers=7", "--rate=2e-3", "--name=a=b", "--fast"], Config) == Config(7, 2e-3, "a=b", True)
+    assert load([str(recipe), "--layers=7", "--rate=2e-3", "--name=a=b", "--fast"],
+                Config) == Config(7, 2e-3, "a=b", True)
     assert load(["--layers=7", str(recipe)], Config).layers == 6
-    assert load(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True", "--stages=[{'a': 1}]", "--name=12"], Config) == Config(
-        300, 3.0, "12", False, True, [{"a": 1}])
-    assert type(load(["--rate=3"], Config).rate) is float and load(["--maybe=None"], Config).maybe is None
+    assert load(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True", "--stages=[{'a': 1}]",
+                 "--name=12"], Config) == Config(300, 3.0, "12", False, True, [{"a": 1}])
+    assert (type(load(["--rate=3"], Config).rate) is float
+            and load(["--maybe=None"], Config).maybe is None)
 
 
 @pytest.mark.parametrize("text, words", [
-    ("--layer=3", "no key 'layer'; nearest: layers"), ("--zzz=3", "the keys are layers, rate"), ("--layers=2.5", "layers must be int, got 2.5"),
-    ("--layers=two", "must be int, got 'two'"), ("--layers=True", "must be int, got True"), ("--fast=1", "fast must be bool, got 1"),
-    ("--rate=fast", "must be float, got 'fast'"), ("--layers", "must be int, got True"), ("--maybe=1", "maybe must be bool"),
-    ("--layers=1e999", "must be int, got inf"), ("nowhere.py", "no recipe 'nowhere.py'"), ("layers = 2.5", "layers must be int, got 2.5"),
-    ("layer = 2", "no key 'layer'; nearest: layers"), ("name = 3", "name must be str, got 3"), ("layers = (", "SyntaxError"),
-    ("layers = 1 / 0", "ZeroDivisionError")])
+    ("--layer=3", "no key 'layer'; nearest: layers"), ("--zzz=3", "the keys are layers, rate"),
+    ("--layers=2.5", "layers must be int, got 2.5"), ("--layers=two", "must be int, got 'two'"),
+    ("--layers=True", "must be int, got True"), ("--fast=1", "fast must be bool, got 1"),
+    ("--rate=fast", "must be float, got 'fast'"), ("--layers", "must be int, got True"),
+    ("--maybe=1", "maybe must be bool"), ("--layers=1e999", "must be int, got inf"),
+    ("nowhere.py", "no recipe 'nowhere.py'"), ("layers = 2.5", "layers must be int, got 2.5"),
+    ("layer = 2", "no key 'layer'; nearest: layers"), ("name = 3", "name must be str, got 3"),
+    ("layers = (", "SyntaxError"), ("layers = 1 / 0", "ZeroDivisionError")])
 def test_mistakes_are_named(text, words, tmp_path):
-    """A misspelt key in a recipe would be a variable that nobody reads, and the run one with the defaults."""
+    """A misspelt key in a recipe would be a variable that nobody reads, and the run one with the
+    defaults."""
     arg = text
     if " = " in text:
         arg = str(tmp_path / "config_x.py")
@@ -55,7 +62,7 @@ def test_mistakes_are_named(text, words, tmp_path):
     assert words in str(error.value) and arg in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The project's own recipes and words
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("config_*.py")), ids=lambda path: path.stem)
@@ -86,10 +93,12 @@ def test_every_config_field_is_used():
 
 def test_readme_commands_parse():
     """A README whose commands are refused teaches distrust."""
-    commands = re.findall(r"^(?:\$ )?python (\w+)\.py(?: (.*?))?(?:\s+#.*)?$", (HERE / "README.md").read_text(), re.M)
+    commands = re.findall(r"^(?:\$ )?python (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
+                          (HERE / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, arguments in commands:
-        arguments = [a.strip("'\"") for a in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", arguments)]
+        arguments = [a.strip("'\"") for a in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""",
+                                                        arguments)]
         if script == "train":
             load([str(HERE / a) if a.endswith(".py") else a for a in arguments], TrainConfig)
         else:

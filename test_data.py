@@ -1,4 +1,5 @@
-"""Proofs of data.py: what is on disk comes back, and the order of training is what its docstring promises."""
+"""Proofs of data.py: what is on disk comes back, and the order of training is what its docstring
+promises."""
 import json
 import random
 import resource
@@ -8,7 +9,8 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from data import DataError, Header, Source, TokenWriter, counts, parse_stages, read_header, sequences, shuffled
+from data import (DataError, Header, Source, TokenWriter, counts, parse_stages, read_header,
+                  sequences, shuffled)
 
 MODEL = b"any bytes do for a tokenizer: only their hash is read"
 HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer=sha256(MODEL).hexdigest())
@@ -22,11 +24,12 @@ def write_source(folder, *files, header=HEADER):
             writer.write(ids)
     (folder / "tokenizer.model").write_bytes(MODEL)
     part = {"documents": 1, "tokens": sum(map(len, files)), "bytes": 9}
-    (folder / "source.json").write_text(json.dumps({"train": part, "val": {"documents": 0, "tokens": 0, "bytes": 0}}))
+    (folder / "source.json").write_text(json.dumps(
+        {"train": part, "val": {"documents": 0, "tokens": 0, "bytes": 0}}))
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Token files
 
 @pytest.mark.parametrize("vocab_size, itemsize", [(500, 2), (65_536, 2), (65_537, 4)])
@@ -39,8 +42,10 @@ def test_tokens_come_back(vocab_size, itemsize, tmp_path):
         writer.write(ids[2:])
     assert read_header(tmp_path / "x.bin") == Header(vocab_size, 1, 2, HEADER.tokenizer, tokens=4)
     assert np.fromfile(tmp_path / "x.bin", f"<u{itemsize}", offset=1024).tolist() == ids
-    words = np.frombuffer(Header(vocab_size, 1, 2, HEADER.tokenizer, tokens=5 * 2 ** 32 + 7).pack(), "<i4")
-    assert words[:8].tolist() == [20240104, 1, itemsize, vocab_size, 7, 5, 1, 2] and not words[16:].any()
+    words = np.frombuffer(Header(vocab_size, 1, 2, HEADER.tokenizer, tokens=5 * 2 ** 32 + 7).pack(),
+                          "<i4")
+    assert (words[:8].tolist() == [20240104, 1, itemsize, vocab_size, 7, 5, 1, 2]
+            and not words[16:].any())
     assert words[8:16].tobytes().hex() == HEADER.tokenizer
 
 
@@ -95,22 +100,24 @@ def test_incomplete_sources_are_refused(tmp_path):
         Source(folder, "train", 8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Windows
 
 @pytest.mark.parametrize("lengths", [[41], [17, 24], [1, 5, 0, 30, 5], [8, 8, 8, 17], [3, 3]])
 def test_every_token_is_a_target_once(lengths, tmp_path):
-    """Tokens that are their own position prove alignment, also across files: y is x moved by one, and nothing is skipped."""
+    """Tokens that are their own position prove alignment, also across files: y is x moved by one,
+    and nothing is skipped."""
     ids = list(range(sum(lengths)))
     cuts = np.cumsum([0, *lengths])
-    source = Source(write_source(tmp_path / "s", *(ids[a:b] for a, b in zip(cuts, cuts[1:]))), "train", 8)
+    source = Source(write_source(tmp_path / "s", *(ids[a:b] for a, b in zip(cuts, cuts[1:]))),
+                    "train", 8)
     windows = [source.window(i).tolist() for i in range(source.windows)]
     assert all(len(window) == 9 for window in windows)
     targets = [y for window in windows for y in window[1:]]
     assert targets == ids[1:1 + len(targets)] and len(ids) - 1 - len(targets) < 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shuffling
 
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1023, 1024, 1025, 9973])
@@ -120,30 +127,33 @@ def test_shuffled_is_a_permutation(n):
 
 
 def test_orders_differ_and_any_index_stands_alone():
-    """The original read the same file order every epoch; and an order that must be computed as a whole cannot be resumed."""
+    """The original read the same file order every epoch; and an order that must be computed as a
+    whole cannot be resumed."""
     orders = {key: tuple(shuffled(np.arange(1000), 1000, *key)) for key in
               [(1, "a", 0), (1, "a", 1), (2, "a", 0), (1, "b", 0)]}
     assert len(set(orders.values())) == 4
-    for order in orders.values():                                 # no two agree, none is the identity, more than by chance
+    for order in orders.values():         # no two agree, none is the identity, more than by chance
         assert sum(i == w for i, w in enumerate(order)) < 10
     some = [7, 999, 0, 512]
     assert [orders[1, "a", 0][i] for i in some] == shuffled(some, 1000, 1, "a", 0).tolist()
 
 
 def test_shuffled_looks_uniform():
-    """A permutation that keeps neighbours together trains on pieces of one document a batch. Where element 0 lands, and how far
-    apart 0 and 1 land, over 4,000 keys: chi square of 20 bins, 19 degrees of freedom, 99.9 % point 43.8."""
+    """A permutation that keeps neighbours together trains on pieces of one document a batch. Where
+    element 0 lands, and how far apart 0 and 1 land, over 4,000 keys: chi square of 20 bins, 19
+    degrees of freedom, 99.9 % point 43.8."""
     landed = np.array([shuffled([0, 1], 1000, seed, "x", 0) for seed in range(4000)])
     for values in landed[:, 0], (landed[:, 1] - landed[:, 0]) % 1000:
         observed = np.bincount(values * 20 // 1000, minlength=20)
         assert ((observed - 200) ** 2 / 200).sum() < 43.8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mixing
 
 def random_recipe(rng):
-    """1 to 4 stages over 1 to 6 sources, shares from and to zero, ramps, and small sources that have many epochs."""
+    """1 to 4 stages over 1 to 6 sources, shares from and to zero, ramps, and small sources that
+    have many epochs."""
     T = rng.choice([4, 8])
     pool = [f"s{k}" for k in range(rng.randint(1, 6))]
     stages = []
@@ -170,8 +180,8 @@ def share_after(stage, name, n):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_sources_keep_their_shares(seed):
-    """Differences of rounded shares go back by one now and then; a source must never give more or less than (K - 1)/2 besides
-    its share, at any step of a stage, and nothing when it has none."""
+    """Differences of rounded shares go back by one now and then; a source must never give more or
+    less than (K - 1)/2 besides its share, at any step of a stage, and nothing when it has none."""
     stages, _ = random_recipe(random.Random(seed))
     for stage in stages:
         K, last = len(stage.names), dict.fromkeys(stage.names, 0)
@@ -187,7 +197,8 @@ def test_sources_keep_their_shares(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_window_once_an_epoch(seed):
-    """Across stages, batches and epochs: the j-th window a source gives belongs to epoch j div W, and each epoch is whole."""
+    """Across stages, batches and epochs: the j-th window a source gives belongs to epoch j div W,
+    and each epoch is whole."""
     stages, windows = random_recipe(random.Random(seed))
     given = {name: [] for name in windows}
     steps = [stage.batch for stage in stages for _ in range(stage.steps)]
@@ -208,7 +219,8 @@ def test_every_window_once_an_epoch(seed):
 
 
 def test_a_step_follows_from_its_number_alone():
-    """Asked in any order, again, or after a later stage was changed, a step is the same: forks share their past."""
+    """Asked in any order, again, or after a later stage was changed, a step is the same: forks
+    share their past."""
     rng = random.Random(5)
     stages, windows = random_recipe(rng)
     stages = stages[:1] + [stages[0]]
@@ -216,15 +228,18 @@ def test_a_step_follows_from_its_number_alone():
     forward = {step: sequences(stages, windows, 1, step) for step in steps}
     for step in rng.sample(steps, len(steps)):
         assert sequences(stages, windows, 1, step) == forward[step]
-    other = stages[:1] + [parse_stages([{"tokens": 400, "batch": 40, "mixture": {name: 1 for name in windows}}], 4)[0]]
+    other = stages[:1] + [parse_stages([{"tokens": 400, "batch": 40,
+                                        "mixture": {name: 1 for name in windows}}], 4)[0]]
     for step in range(stages[0].steps):
         assert sequences(other, windows, 1, step) == forward[step]
-    assert sequences(stages, {name: 1000 for name in windows}, 1, 0) != sequences(stages, {n: 1000 for n in windows}, 2, 0)
+    assert (sequences(stages, {name: 1000 for name in windows}, 1, 0)
+            != sequences(stages, {n: 1000 for n in windows}, 2, 0))
 
 
 def test_a_trillion_windows_cost_nothing():
     """An order that is stored, or replayed, makes the end of a long run unreachable."""
-    stages = parse_stages([{"tokens": 3e15, "batch": 2 ** 21, "mixture": {"big": 0.7, "small": 0.3}}], 2048)
+    stages = parse_stages([{"tokens": 3e15, "batch": 2 ** 21,
+                            "mixture": {"big": 0.7, "small": 0.3}}], 2048)
     windows = {"big": 10 ** 12, "small": 3}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = sequences(stages, windows, 3407, stages[0].steps - 2)
@@ -233,20 +248,24 @@ def test_a_trillion_windows_cost_nothing():
 
 
 def test_stages_of_the_paper():
-    """v1.1: 1.5T, 350B and 150B tokens, the last at four times the batch; floats like 1.5e12 are exact counts."""
+    """v1.1: 1.5T, 350B and 150B tokens, the last at four times the batch; floats like 1.5e12 are
+    exact counts."""
     mixture = {"slimpajama": 0.75, "starcoder": 0.15, "proof-pile-2": 0.1}
     stages = parse_stages([{"tokens": 1.5e12, "batch": 1_835_008, "mixture": {"slimpajama": 1}},
                            {"tokens": 350e9, "batch": 1_835_008, "mixture": mixture, "ramp": 6e9},
                            {"tokens": 150e9, "batch": 4 * 1_835_008, "mixture": mixture}], 2048)
     assert [stage.steps for stage in stages] == [817_436, 190_735, 20_436]
-    assert stages[1].before == {"slimpajama": 1} and stages[1].shares["starcoder"] == Fraction(3, 20)
+    assert (stages[1].before == {"slimpajama": 1}
+            and stages[1].shares["starcoder"] == Fraction(3, 20))
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"batch": 100}, "batch of 100 tokens.*of 8.*104"), ({"tokens": 0}, "0 tokens"), ({"tokens": 2.5}, "2.5"), ({"batch": -8}, "-8"),
-    ({"mixture": {"a": -1}}, "-1"), ({"mixture": {"a": 0}}, "not all zero"), ({"mixture": {}}, "not all zero"),
-    ({"mixture": {"a": "x"}}, "numbers"), ({"mixture": {"a": float("nan")}}, "nan"), ({"mixture": "a"}, "dict"),
-    ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"), ({"tokens": None}, "None"), ({"tokens": float("inf")}, "inf")])
+    ({"batch": 100}, "batch of 100 tokens.*of 8.*104"), ({"tokens": 0}, "0 tokens"),
+    ({"tokens": 2.5}, "2.5"), ({"batch": -8}, "-8"), ({"mixture": {"a": -1}}, "-1"),
+    ({"mixture": {"a": 0}}, "not all zero"), ({"mixture": {}}, "not all zero"),
+    ({"mixture": {"a": "x"}}, "numbers"), ({"mixture": {"a": float("nan")}}, "nan"),
+    ({"mixture": "a"}, "dict"), ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"),
+    ({"tokens": None}, "None"), ({"tokens": float("inf")}, "inf")])
 def test_bad_stages_are_refused(change, words):
     with pytest.raises(DataError, match=words):
         parse_stages([{"tokens": 800, "batch": 80, "mixture": {"a": 1}} | change], 8)

@@ -1,4 +1,5 @@
-"""Proofs of model.py: against transformers, against a naive attention, against itself by another way."""
+"""Proofs of model.py: against transformers, against a naive attention, against itself by another
+way."""
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,8 @@ TINY = dict(n_layer=3, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=97
 
 
 def tiny(**changes):
-    """A model whose weights are large enough that attention is far from uniform and every part shows in the logits."""
+    """A model whose weights are large enough that attention is far from uniform and every part
+    shows in the logits."""
     torch.manual_seed(0)
     model = Llama(ModelConfig(**TINY | changes))
     for p in model.parameters():
@@ -25,16 +27,18 @@ def tiny(**changes):
 
 
 def tokens(B=2, T=20, seed=1):
-    return torch.randint(0, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, TINY["vocab_size"], (B, T),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 def assert_close(a, b, tolerance=1e-5):
-    """Equal within `tolerance` of their spread: sums of fp32 in another order differ by about 1e-6 of it."""
+    """Equal within `tolerance` of their spread: sums of fp32 in another order differ by about 1e-6
+    of it."""
     assert a.shape == b.shape
     assert ((a - b).abs().max() / b.std()).item() < tolerance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The shape
 
 def test_parameter_count_is_the_papers():
@@ -46,15 +50,17 @@ def test_parameter_count_is_the_papers():
 
 
 def test_flops_are_6n_plus_12_lct():
-    """Counting key/value heads for query heads, or the embedding not at all, would flatter the MFU by 5 to 15 %."""
+    """Counting key/value heads for query heads, or the embedding not at all, would flatter the MFU
+    by 5 to 15 %."""
     with torch.device("meta"):
         model = Llama(ModelConfig())
     assert model.flops_per_token() == 6 * 1_100_048_384 + 12 * 22 * 2048 * 2048
     assert model.flops_per_token(512) == 6 * 1_100_048_384 + 12 * 22 * 2048 * 512
 
 
-@pytest.mark.parametrize("changes, words", [(dict(n_head=5), "d_model 48"), (dict(n_kv_head=4), "n_kv_head 4"),
-                                            (dict(n_layer=0), "n_layer"), (dict(vocab_size=0), "vocab_size")])
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_head=5), "d_model 48"), (dict(n_kv_head=4), "n_kv_head 4"),
+    (dict(n_layer=0), "n_layer"), (dict(vocab_size=0), "vocab_size")])
 def test_impossible_shapes_are_refused(changes, words):
     """An odd head or a remainder of heads would fail deep inside a view, or not at all."""
     with pytest.raises(ModelError, match=words):
@@ -62,9 +68,10 @@ def test_impossible_shapes_are_refused(changes, words):
 
 
 def test_initial_stds():
-    """An initialisation that is skipped on the meta device leaves whatever memory held: the original's v1.0 trained from
-    PyTorch's defaults for that reason."""
-    config = ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=704, vocab_size=1000, context=64)
+    """An initialisation that is skipped on the meta device leaves whatever memory held: the
+    original's v1.0 trained from PyTorch's defaults for that reason."""
+    config = ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=704,
+                         vocab_size=1000, context=64)
     with torch.device("meta"):
         model = Llama(config)
     model.to_empty(device="cpu").init_weights()
@@ -84,7 +91,7 @@ def test_first_loss_is_that_of_guessing():
     assert abs(model(tokens(), tokens(seed=2)).item() - math.log(97)) < 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The same numbers as transformers
 
 SHAPES = [(6, 2, False), (4, 1, True), (4, 4, False), (8, 4, True)]
@@ -92,12 +99,14 @@ SHAPES = [(6, 2, False), (4, 1, True), (4, 4, False), (8, 4, True)]
 
 @pytest.mark.parametrize("n_head, n_kv_head, tied", SHAPES)
 def test_logits_match_transformers_from_them(n_head, n_kv_head, tied, tmp_path):
-    """Interleaved rotary pairs, repeated instead of interleaved groups, gate and up exchanged: each passes shape checks."""
+    """Interleaved rotary pairs, repeated instead of interleaved groups, gate and up exchanged: each
+    passes shape checks."""
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=n_head, num_key_value_heads=n_kv_head,
-        vocab_size=97, max_position_embeddings=32, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 5000.0,
-        "rope_type": "default"}, tie_word_embeddings=tied, initializer_range=0.3)).eval()
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=n_head,
+        num_key_value_heads=n_kv_head, vocab_size=97, max_position_embeddings=32, rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}, tie_word_embeddings=tied,
+        initializer_range=0.3)).eval()
     theirs.save_pretrained(tmp_path)
     ours = Llama.from_pretrained(tmp_path)
     assert ours.config.rope_theta == 5000.0 and ours.config.tie_embeddings == tied
@@ -107,7 +116,8 @@ def test_logits_match_transformers_from_them(n_head, n_kv_head, tied, tmp_path):
 
 @pytest.mark.parametrize("n_head, n_kv_head, tied", SHAPES)
 def test_logits_match_transformers_from_us(n_head, n_kv_head, tied, tmp_path):
-    """A config.json that says less than the weights need is completed by their defaults, and the model talks nonsense."""
+    """A config.json that says less than the weights need is completed by their defaults, and the
+    model talks nonsense."""
     ours = tiny(n_head=n_head, n_kv_head=n_kv_head, tie_embeddings=tied, rope_theta=500.0)
     ours.save_pretrained(tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
@@ -115,7 +125,8 @@ def test_logits_match_transformers_from_us(n_head, n_kv_head, tied, tmp_path):
         assert_close(theirs(tokens()).logits, ours(tokens()))
     again = Llama.from_pretrained(tmp_path)
     assert again.config == ours.config and torch.equal(again(tokens()), ours(tokens()))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors"]
 
 
 def test_several_files_with_an_index(tmp_path):
@@ -124,7 +135,8 @@ def test_several_files_with_an_index(tmp_path):
     ours.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    parts = {"model-00001-of-00002.safetensors": names[:7],
+             "model-00002-of-00002.safetensors": names[7:]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     (tmp_path / "model.safetensors").unlink()
@@ -137,22 +149,27 @@ def test_several_files_with_an_index(tmp_path):
 
 
 def test_both_spellings_of_rope(tmp_path):
-    """transformers 5 writes rope_parameters and no rope_theta: read as absent, the base would silently be 10,000."""
+    """transformers 5 writes rope_parameters and no rope_theta: read as absent, the base would
+    silently be 10,000."""
     tiny(rope_theta=123.0).save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
     assert hf["rope_theta"] == 123.0 and Llama.from_pretrained(tmp_path).config.rope_theta == 123.0
     del hf["rope_theta"]
-    (tmp_path / "config.json").write_text(json.dumps(hf | {"rope_parameters": {"rope_theta": 321.0, "rope_type": "default"}}))
+    (tmp_path / "config.json").write_text(json.dumps(
+        hf | {"rope_parameters": {"rope_theta": 321.0, "rope_type": "default"}}))
     assert Llama.from_pretrained(tmp_path).config.rope_theta == 321.0
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope"), ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"), ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"), ({"head_dim": 16}, "head_dim"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"hidden_size": None}, "hidden_size"),
-    ({"vocab_size": 98}, "97, 48"), ({"num_hidden_layers": 4}, "layers.3"), ({"num_hidden_layers": 2}, "layers.2")])
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    ({"head_dim": 16}, "head_dim"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"hidden_size": None}, "hidden_size"), ({"vocab_size": 98}, "97, 48"),
+    ({"num_hidden_layers": 4}, "layers.3"), ({"num_hidden_layers": 2}, "layers.2")])
 def test_what_we_cannot_honour_is_refused_by_name(change, word, tmp_path):
     """A setting that is ignored gives a model that runs and is wrong."""
     tiny().save_pretrained(tmp_path)
@@ -163,7 +180,8 @@ def test_what_we_cannot_honour_is_refused_by_name(change, word, tmp_path):
 
 
 def test_damaged_folders_are_named(tmp_path):
-    """A truncated download must not become a stack trace of another library, or a model with some weights random."""
+    """A truncated download must not become a stack trace of another library, or a model with some
+    weights random."""
     with pytest.raises(ModelError, match="no folder"):
         Llama.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="config.json"):
@@ -183,15 +201,16 @@ def test_damaged_folders_are_named(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention, and what the model may look at
 
 def naive_attention(q, k, v):
-    """What attention means, one query at a time: q (H, T, D), k and v (K, S, D), the queries last among the S positions."""
+    """What attention means, one query at a time: q (H, T, D), k and v (K, S, D), the queries last
+    among the S positions."""
     (H, T, D), (K, S, _) = q.shape, k.shape
     out = torch.empty_like(q)
     for h in range(H):
-        group = h // (H // K)                                    # heads 0..H/K-1 share key/value head 0, and so on
+        group = h // (H // K)                   # heads 0..H/K-1 share key/value head 0, and so on
         for t in range(T):
             seen = S - T + t + 1
             p = (k[group, :seen] @ q[h, t] / math.sqrt(D)).softmax(0)
@@ -201,7 +220,8 @@ def naive_attention(q, k, v):
 
 @pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
 def test_attention_is_what_it_means(T, S):
-    """SDPA's is_causal is aligned to the first key: behind a cache it would show a query one key instead of all."""
+    """SDPA's is_causal is aligned to the first key: behind a cache it would show a query one key
+    instead of all."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
     expected = torch.stack([naive_attention(*row) for row in zip(q, k, v)])
@@ -209,16 +229,20 @@ def test_attention_is_what_it_means(T, S):
 
 
 def flash_stand_in(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-    """flash_attn_func's contract, on any device: (B, T, heads, D), grouped heads, the causal mask aligned to the last key."""
+    """flash_attn_func's contract, on any device: (B, T, heads, D), grouped heads, the causal mask
+    aligned to the last key."""
     T, S = q.shape[1], k.shape[1]
     groups = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
+    q, k, v = (q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(groups, 1),
+               v.transpose(1, 2).repeat_interleave(groups, 1))
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=softmax_scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                          scale=softmax_scale).transpose(1, 2)
 
 
 def test_flash_attention_gets_what_it_expects(monkeypatch):
-    """flash-attn's layout is (B, T, heads, D): without the transpose it attends over heads, and the shapes still fit."""
+    """flash-attn's layout is (B, T, heads, D): without the transpose it attends over heads, and the
+    shapes still fit."""
     model, idx = tiny(), tokens()
     calls = []
 
@@ -228,7 +252,8 @@ def test_flash_attention_gets_what_it_expects(monkeypatch):
 
     def run():
         cache = KVCache(model.config, 2, 20)
-        parts = [model(idx[:, a:b], cache=cache) for a, b in ((0, 12), (12, 15), (15, 16), (16, 20))]
+        parts = [model(idx[:, a:b], cache=cache)
+                 for a, b in ((0, 12), (12, 15), (15, 16), (16, 20))]
         return model(idx, idx), torch.cat(parts, 1)
 
     plain = run()
@@ -242,7 +267,8 @@ def test_flash_attention_gets_what_it_expects(monkeypatch):
 
 
 def test_future_tokens_do_not_leak():
-    """A mask one off lets a position read its own answer: the loss is wonderful and the model useless."""
+    """A mask one off lets a position read its own answer: the loss is wonderful and the model
+    useless."""
     model, idx = tiny(), tokens()
     changed = idx.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 97
@@ -256,16 +282,19 @@ def test_rope_depends_only_on_distance():
     q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
 
     def score(i, j):
-        return (rotate(q, *rotary(i, i + 1, 64, 1e4, "cpu")) * rotate(k, *rotary(j, j + 1, 64, 1e4, "cpu"))).sum()
+        return (rotate(q, *rotary(i, i + 1, 64, 1e4, "cpu"))
+                * rotate(k, *rotary(j, j + 1, 64, 1e4, "cpu"))).sum()
 
     for distance in (0, 1, 7, 300):
         scores = torch.stack([score(j + distance, j) for j in (0, 5, 1000, 1700)])
-        assert scores.std() < 1e-3 * q.norm() * k.norm()         # angles near 2,000 are exact to 1e-4 in fp32
+        # angles near 2,000 are exact to 1e-4 in fp32
+        assert scores.std() < 1e-3 * q.norm() * k.norm()
     assert abs(score(1, 0) - score(0, 1)) > 1e-2                 # and left is not right
 
 
 def test_rotation_stays_exact_in_bf16():
-    """In bf16 neighbouring positions near 2,048 have the same angle: cos and sin must not be rounded before they are used."""
+    """In bf16 neighbouring positions near 2,048 have the same angle: cos and sin must not be
+    rounded before they are used."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 4, 64)
     cos, sin = rotary(2040, 2044, 64, 1e4, "cpu")
@@ -275,7 +304,8 @@ def test_rotation_stays_exact_in_bf16():
 
 
 def test_gqa_equals_repeated_heads():
-    """Grouped-query attention is multi-head attention whose keys and values stand several times, next to one another."""
+    """Grouped-query attention is multi-head attention whose keys and values stand several times,
+    next to one another."""
     grouped, full = tiny(), tiny(n_kv_head=6)
     weights = grouped.state_dict()
     for name in weights:
@@ -285,12 +315,13 @@ def test_gqa_equals_repeated_heads():
     assert_close(full(tokens()), grouped(tokens()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [20], [7, 5, 1, 1, 6], [19, 1]])
 def test_cached_equals_full(cuts):
-    """A position counted from zero after the prompt, or a mask aligned to the wrong end, shows only with a cache."""
+    """A position counted from zero after the prompt, or a mask aligned to the wrong end, shows only
+    with a cache."""
     model, idx = tiny(), tokens()
     cache = KVCache(model.config, 2, 24)
     place = cache.k.data_ptr()
@@ -318,7 +349,7 @@ def test_a_full_cache_says_so():
         model(tokens(), cache=KVCache(model.config, 2, 8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 def test_loss_is_the_cross_entropy_of_the_logits():
@@ -329,7 +360,8 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_gets_a_gradient(tied):
-    """A module that is built and not called, or a tie that is lost, trains nothing and says nothing."""
+    """A module that is built and not called, or a tie that is lost, trains nothing and says
+    nothing."""
     model = tiny(tie_embeddings=tied)
     model(tokens(), tokens(seed=2)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -346,7 +378,8 @@ def test_one_graph_no_breaks():
 
 
 def test_overfits_one_batch():
-    """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has it."""
+    """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has
+    it."""
     torch.manual_seed(0)
     model = Llama(ModelConfig(**TINY)).init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -359,18 +392,21 @@ def test_overfits_one_batch():
 
 
 def test_the_model_does_not_know():
-    """Ranks, files of tokens and optimizers stay outside: model.py is to be read, and used, alone."""
+    """Ranks, files of tokens and optimizers stay outside: model.py is to be read, and used,
+    alone."""
     text = Path(model_module.__file__).read_text()
-    for word in ("distributed", "optim", "print(", "environ", "from data import", "from train import"):
+    for word in ("distributed", "optim", "print(", "environ", "from data import",
+                 "from train import"):
         assert word not in text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_bf16_is_near_fp32():
-    """The backend that SDPA takes on a GPU in bf16 (flash-attn where installed) must give what fp32 gives on the CPU."""
+    """The backend that SDPA takes on a GPU in bf16 (flash-attn where installed) must give what fp32
+    gives on the CPU."""
     model = tiny().eval()
     expected = model(tokens()).detach()
     got = model.cuda()
     with torch.autocast("cuda", torch.bfloat16):
         logits = got(tokens().cuda()).float().cpu().detach()
-    assert_close(logits, expected, tolerance=0.1)                # bf16 keeps 8 bits, three layers of them
+    assert_close(logits, expected, tolerance=0.1)       # bf16 keeps 8 bits, three layers of them

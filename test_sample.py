@@ -1,4 +1,5 @@
-"""Proofs of sample.py: the same text by every way, the right distribution, and nothing but text on standard output."""
+"""Proofs of sample.py: the same text by every way, the right distribution, and nothing but text on
+standard output."""
 import json
 import os
 import shutil
@@ -24,7 +25,8 @@ def folder(tmp_path_factory):
     """A checkpoint that has learned one sentence by heart, from <s> to </s>."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_tokenizer(folder, train_tokenizer([TEXT, "Two roads diverged in a yellow wood."], 320))
-    config = ModelConfig(n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=320, context=64)
+    config = ModelConfig(n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=320,
+                         context=64)
     torch.manual_seed(0)
     model = Llama(config).init_weights()
     model.save_pretrained(folder)
@@ -51,16 +53,17 @@ def greedy(logits):
 
 
 def run(*arguments, cwd=None):
-    return subprocess.run([sys.executable, str(HERE / "sample.py"), *map(str, arguments)], capture_output=True, text=True,
-                          encoding="utf-8", cwd=cwd, timeout=120)
+    return subprocess.run([sys.executable, str(HERE / "sample.py"), *map(str, arguments)],
+                          capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 @pytest.mark.parametrize("prompt", ["", "Two roads", "Two roads diverged — 中 🙂 — in a yellow"])
 def test_what_was_learned_is_recited(folder, prompt):
-    """Two programs, one text: whatever train and sample understand differently (BOS, positions, the last byte) breaks it."""
+    """Two programs, one text: whatever train and sample understand differently (BOS, positions, the
+    last byte) breaks it."""
     done = run(folder, f"--prompt={prompt}", "--temperature=0")
     assert done.returncode == 0 and done.stdout == VERSE + "\n"
     assert "tokens/s" in done.stderr
@@ -91,7 +94,8 @@ def test_the_prompt_is_run_once_for_many_samples(loaded, monkeypatch):
 
 
 def test_each_sample_ends_for_itself(loaded):
-    """A sample that has met its EOS is silent while the others go on, and when all have, nothing more is computed."""
+    """A sample that has met its EOS is silent while the others go on, and when all have, nothing
+    more is computed."""
     model, _ = loaded
     script = iter([[5, 6, 7], [2, 6, 7], [9, 2, 7], [9, 9, 2], [9, 9, 9]])
     given = list(generate(model, [1], 3, 10, {2}, lambda logits: torch.tensor(next(script))))
@@ -106,7 +110,8 @@ def test_generation_stops_at_the_context(loaded):
 
 
 def test_choose_is_the_distribution_it_says():
-    """A top-p that drops the token that crosses the line, or a temperature after the cut, is a different distribution."""
+    """A top-p that drops the token that crosses the line, or a temperature after the cut, is a
+    different distribution."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     order = torch.tensor([2, 0, 3, 1])
     logits = torch.empty(4)
@@ -119,28 +124,33 @@ def test_choose_is_the_distribution_it_says():
 
     hot = (p ** 0.5) / (p ** 0.5).sum()
     for options, expected in [
-            (dict(), p), (dict(temperature=2.0), hot), (dict(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0])), (dict(top_k=9), p),
-            (dict(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0])), (dict(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9),
-            (dict(top_p=0.3), torch.tensor([1.0, 0, 0, 0])), (dict(top_k=3, top_p=0.7), torch.tensor([4 / 7, 3 / 7, 0, 0])),
+            (dict(), p), (dict(temperature=2.0), hot),
+            (dict(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0])), (dict(top_k=9), p),
+            (dict(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0])),
+            (dict(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9),
+            (dict(top_p=0.3), torch.tensor([1.0, 0, 0, 0])),
+            (dict(top_k=3, top_p=0.7), torch.tensor([4 / 7, 3 / 7, 0, 0])),
             (dict(temperature=0), torch.tensor([1.0, 0, 0, 0]))]:
         got = frequencies(**options)
-        assert (got - expected).abs().max() < 0.012, (options, got)           # five standard deviations of 40,000 draws
+        assert (got - expected).abs().max() < 0.012, (options, got)  # five sigmas of 40,000 draws
         assert (got[expected == 0] == 0).all()
 
 
 def test_streamed_text_is_the_whole_text(folder):
-    """Characters of several bytes come in pieces: printed at once, each would be a replacement sign."""
+    """Characters of several bytes come in pieces: printed at once, each would be a replacement
+    sign."""
     tokenizer = Tokenizer(folder)
     for text in [*AWKWARD, TEXT, VERSE, "🙂🙂é中\n"]:
         ids = tokenizer.encode(text)
         for cut in {0, 1, len(ids) // 2} & set(range(len(ids) + 1)):
             stream = Stream(tokenizer, [1, *ids[:cut]])
             parts = [stream.add(i) for i in ids[cut:]] + [stream.add(None, last=True)]
-            assert tokenizer.decode([1, *ids[:cut]]).rstrip("\ufffd") + "".join(parts) == text or "\ufffd" in tokenizer.decode(ids[:cut])
+            assert (tokenizer.decode([1, *ids[:cut]]).rstrip("\ufffd") + "".join(parts) == text
+                    or "\ufffd" in tokenizer.decode(ids[:cut]))
             assert all("\ufffd" not in part for part in parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
 
 def test_only_text_goes_to_standard_output(folder):
@@ -150,7 +160,8 @@ def test_only_text_goes_to_standard_output(folder):
     samples = one.stdout.rstrip("\n").split("\n---\n")
     assert one.stdout == two.stdout and len(samples) == 3 and len(set(samples)) > 1
     assert all(text.startswith("The") for text in samples)
-    assert run(folder, "--prompt=The", "--seed=6", "--max_new_tokens=12", "--num_samples=3").stdout != one.stdout
+    assert run(folder, "--prompt=The", "--seed=6", "--max_new_tokens=12",
+               "--num_samples=3").stdout != one.stdout
 
 
 def test_a_full_context_is_said(folder):
@@ -158,8 +169,10 @@ def test_a_full_context_is_said(folder):
     prompt = "fox " * 14
     done = run(folder, f"--prompt={prompt}", "--max_new_tokens=200", "--temperature=0")
     count = int(done.stderr.splitlines()[-1].split()[0])
-    assert ("the context of 64 is full" in done.stderr) == (1 + len(Tokenizer(folder).encode(prompt)) + count == 64)
-    assert "is full" not in run(folder, f"--prompt={prompt}", "--max_new_tokens=2", "--temperature=0").stderr
+    assert ("the context of 64 is full" in done.stderr) == (
+        1 + len(Tokenizer(folder).encode(prompt)) + count == 64)
+    assert "is full" not in run(folder, f"--prompt={prompt}", "--max_new_tokens=2",
+                                "--temperature=0").stderr
 
 
 def test_tokenizer_json_alone_is_enough(folder, tmp_path):
@@ -169,11 +182,13 @@ def test_tokenizer_json_alone_is_enough(folder, tmp_path):
     fast, sp = Tokenizer(tmp_path / "m"), Tokenizer(folder)
     for text in [*AWKWARD, TEXT]:
         assert fast.encode(text) == sp.encode(text) and fast.decode([1, *sp.encode(text)]) == text
-    assert (fast.bos_id, fast.eos_ids, fast.size) == (1, {2}, 320) == (sp.bos_id, sp.eos_ids, sp.size)
+    assert (fast.bos_id, fast.eos_ids, fast.size) == (1, {2}, 320) == (
+        sp.bos_id, sp.eos_ids, sp.size)
 
 
 def test_several_ends_are_honoured(folder, tmp_path):
-    """Chat models name more than one EOS in generation_config.json; missing one, they talk on as the user."""
+    """Chat models name more than one EOS in generation_config.json; missing one, they talk on as
+    the user."""
     shutil.copytree(folder, tmp_path / "m")
     (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert Tokenizer(tmp_path / "m").eos_ids == {2, 7}
@@ -189,12 +204,14 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
         state.write_text("{}")
         os.utime(state, (1000 - age, 1000 - age))
     assert find_model(None) == Path("out/a/step_00000009")
-    assert find_model("out/b") == Path("out/b/step_00000003")               # the folder of a run is enough
+    assert find_model("out/b") == Path("out/b/step_00000003")       # the folder of a run is enough
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--prompt=" + "x " * 300], "context of this model 64"), (["--temperature=-1"], "temperature must be 0 or above, got -1"),
-    (["--top_p=0"], "top_p"), (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"), (["--num_samples=0"], "num_samples")])
+    (["--prompt=" + "x " * 300], "context of this model 64"),
+    (["--temperature=-1"], "temperature must be 0 or above, got -1"), (["--top_p=0"], "top_p"),
+    (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"),
+    (["--num_samples=0"], "num_samples")])
 def test_bad_arguments_are_refused(arguments, words, folder):
     with pytest.raises(SystemExit) as error:
         sample.main([str(folder), *arguments])
@@ -207,20 +224,25 @@ def test_bad_folders_are_refused(folder, tmp_path):
         shutil.copytree(folder, tmp_path / "m")
         change(tmp_path / "m")
         done = run(tmp_path / "m")
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout
+        assert (done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+                and not done.stdout)
         shutil.rmtree(tmp_path / "m")
 
-    refused("no tokenizer", lambda m: [(m / "tokenizer.model").unlink(), (m / "tokenizer.json").unlink()])
+    refused("no tokenizer", lambda m: [(m / "tokenizer.model").unlink(),
+                                       (m / "tokenizer.json").unlink()])
     refused("tokenizer of", lambda m: (m / "tokenizer.model").write_bytes(b"x"))
-    refused("model.safetensors", lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-9]))
-    refused("do not belong together", lambda m: Llama(ModelConfig(n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=9,
-                                                                  context=8)).init_weights().save_pretrained(m))
+    refused("model.safetensors", lambda m: (m / "model.safetensors").write_bytes(
+        (m / "model.safetensors").read_bytes()[:-9]))
+    refused("do not belong together", lambda m: Llama(ModelConfig(
+        n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=9,
+        context=8)).init_weights().save_pretrained(m))
     done = run(tmp_path / "nowhere")
     assert done.returncode == 1 and "no folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_closed_pipe_is_no_error(folder):
     """python sample.py | head must not end in a stack trace."""
-    command = f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" --max_new_tokens=50 --top_k=0 --num_samples=9 | head -c 1'
+    command = (f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" '
+               '--max_new_tokens=50 --top_k=0 --num_samples=9 | head -c 1')
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr

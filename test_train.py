@@ -1,4 +1,5 @@
-"""Proofs of train.py: the schedule, the step, and that a run that was stopped ends as one that never was."""
+"""Proofs of train.py: the schedule, the step, and that a run that was stopped ends as one that
+never was."""
 import json
 import math
 import random
@@ -22,8 +23,8 @@ from model import Llama
 from prepare import train_tokenizer, write_source
 from sample import Tokenizer
 from test_prepare import AWKWARD, TEXT
-from train import (TrainConfig, build_optimizer, checkpoints, choose_compile, choose_dtype, lr_at, mixture_of, read_batch,
-                   split_batch, tokens_after, train_step)
+from train import (TrainConfig, build_optimizer, checkpoints, choose_compile, choose_dtype, lr_at,
+                   mixture_of, read_batch, split_batch, tokens_after, train_step)
 
 HERE = Path(__file__).parent
 RECIPE = """
@@ -53,7 +54,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, tmp_path, monkeypatch, capsys):
-    """run(options...) trains in this process and returns what it printed; its out_dir is tmp_path / "out"."""
+    """run(options...) trains in this process and returns what it printed; its out_dir is
+    tmp_path / "out"."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(world)
 
@@ -71,7 +73,8 @@ def records(out):
 
 
 def weights(checkpoint):
-    return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "training/optimizer.safetensors")}
+    return {**load_file(checkpoint / "model.safetensors"),
+            **load_file(checkpoint / "training/optimizer.safetensors")}
 
 
 def assert_same_bits(a, b):
@@ -79,34 +82,38 @@ def assert_same_bits(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arithmetic
 
 def test_lr_endpoints():
-    """The original's minimum was its maximum for the first 0.5T tokens, and its schedule counted micro-batches."""
+    """The original's minimum was its maximum for the first 0.5T tokens, and its schedule counted
+    micro-batches."""
     cfg = TrainConfig(learning_rate=4e-4, min_lr=4e-5, warmup_steps=2)
     total, warmup = 1000, 200
     assert lr_at(100, total, warmup, cfg) == pytest.approx(2e-4)              # the first step moves
     assert lr_at(200, total, warmup, cfg) == 4e-4
-    assert lr_at(600, total, warmup, cfg) == pytest.approx(2.2e-4)            # half way down the cosine
+    assert lr_at(600, total, warmup, cfg) == pytest.approx(2.2e-4)      # half way down the cosine
     assert lr_at(1000, total, warmup, cfg) == 4e-5
     rates = [lr_at(t, total, warmup, cfg) for t in range(200, 1001, 10)]
     assert rates == sorted(rates, reverse=True) and lr_at(10, total, 0, cfg) < 4e-4
 
 
 def test_lr_of_v1_1():
-    """One cosine over 2T tokens whatever the batch: at the joints 9.3e-5 and 4.5e-5, in the end 4e-5."""
+    """One cosine over 2T tokens whatever the batch: at the joints 9.3e-5 and 4.5e-5, in the end
+    4e-5."""
     cfg = load([str(HERE / "config_base.py")], TrainConfig)
     stages = parse_stages(cfg.stages, cfg.context)
     ends = [sum(stage.steps for stage in stages[:k]) for k in (1, 2, 3)]
     seen = [tokens_after(stages, step, cfg.context) for step in ends]
     assert seen[0] == 817_436 * 1_835_008 and seen[2] - seen[1] == 20_436 * 7_340_032
     rates = [lr_at(t, seen[2], 2000 * 1_835_008, cfg) for t in seen]
-    assert [round(rate * 1e5, 1) for rate in rates] == [9.2, 4.5, 4.0] or [round(rate * 1e5, 1) for rate in rates] == [9.3, 4.5, 4.0]
+    assert ([round(rate * 1e5, 1) for rate in rates] == [9.2, 4.5, 4.0]
+            or [round(rate * 1e5, 1) for rate in rates] == [9.3, 4.5, 4.0])
 
 
-@pytest.mark.parametrize("batch, ranks, limit, expected", [(64, 1, 16, (16, 4)), (896, 64, 16, (14, 1)), (896, 1, 16, (16, 56)),
-                                                           (7, 1, 4, (1, 7)), (12, 2, 4, (3, 2)), (4, 4, 99, (1, 1))])
+@pytest.mark.parametrize("batch, ranks, limit, expected", [
+    (64, 1, 16, (16, 4)), (896, 64, 16, (14, 1)), (896, 1, 16, (16, 56)), (7, 1, 4, (1, 7)),
+    (12, 2, 4, (3, 2)), (4, 4, 99, (1, 1))])
 def test_accumulation_is_derived(batch, ranks, limit, expected):
     """The original's batch was per node and doubled in silence with two nodes."""
     micro, many = split_batch(batch, ranks, limit)
@@ -127,21 +134,24 @@ def test_mixtures_from_the_command_line():
 
 
 def test_choices_are_made_from_recipe_and_machine():
-    """Emulated bf16 is ten times slower than fp32, and compiling a short run costs more than it brings."""
+    """Emulated bf16 is ten times slower than fp32, and compiling a short run costs more than it
+    brings."""
     cpu = torch.device("cpu")
     assert choose_dtype(TrainConfig(dtype="bfloat16"), cpu) == (torch.bfloat16, "as asked")
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert choose_dtype(TrainConfig(), cpu)[0] == (torch.bfloat16 if has else torch.float32)
-    assert choose_compile(TrainConfig(compile=True), cpu, 1)[0] and not choose_compile(TrainConfig(), cpu, 1e13)[0]
+    assert (choose_compile(TrainConfig(compile=True), cpu, 1)[0]
+            and not choose_compile(TrainConfig(), cpu, 1e13)[0])
     assert not choose_compile(TrainConfig(compile=False), cpu, 1e20)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step
 
 def setup(world, **changes):
-    cfg, stages, sources, _ = train.read_recipe([str(world / "config_tiny.py"), f"--data_dir={world / 'data'}",
-                                                 *(f"--{key}={value}" for key, value in changes.items())])
+    cfg, stages, sources, _ = train.read_recipe([
+        str(world / "config_tiny.py"), f"--data_dir={world / 'data'}",
+        *(f"--{key}={value}" for key, value in changes.items())])
     torch.manual_seed(0)
     model = Llama(cfg).init_weights()
     return cfg, stages, sources, model, build_optimizer(model, cfg)
@@ -159,10 +169,12 @@ def step_of(world, micro, dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulation_equals_the_big_batch(world, micro):
-    """A mean of means with the wrong divisor changes the learning rate, and clipping each micro-batch the gradient."""
+    """A mean of means with the wrong divisor changes the learning rate, and clipping each
+    micro-batch the gradient."""
     (losses, weights), (expected, same) = step_of(world, micro), step_of(world, 4)
     assert torch.allclose(losses, expected, rtol=1e-4)
-    assert (weights - same).norm() < 1e-3 * same.norm()                    # Adam divides rounding by small second moments
+    # Adam divides rounding by small second moments
+    assert (weights - same).norm() < 1e-3 * same.norm()
 
 
 def test_bf16_follows_fp32(world):
@@ -177,8 +189,10 @@ def test_clipping_bounds_the_step(world):
     assert (losses[:, 1] > 0.1).all()
     cfg, stages, sources, model, _ = setup(world)
     before = [p.detach().clone() for p in model.parameters()]
-    x, y = read_batch(sources, sequences(stages, {n: s.windows for n, s in sources.items()}, 0, 0), torch.device("cpu"))
-    _, norm = train_step(model, torch.optim.SGD(model.parameters()), x, y, 1.0, 4, torch.float32, 0.01)
+    x, y = read_batch(sources, sequences(stages, {n: s.windows for n, s in sources.items()}, 0, 0),
+                      torch.device("cpu"))
+    _, norm = train_step(model, torch.optim.SGD(model.parameters()), x, y, 1.0, 4, torch.float32,
+                         0.01)
     moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before)]).norm()
     assert norm > 0.1 and moved.item() == pytest.approx(0.01, rel=1e-2)
 
@@ -191,11 +205,13 @@ def test_weights_stay_where_a_loss_is_not_finite(world):
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.zeros(4, 16, dtype=torch.long)
     loss, norm = train_step(model, optimizer, x, x, 1.0, 4, torch.float32, 1.0)
-    assert not math.isfinite(loss) and all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert not math.isfinite(loss) and all(
+        torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 
 def test_compiled_equals_plain(run, tmp_path):
-    """Compiled blocks keep their parameters' names, train to the same loss, and their checkpoint is the same folder."""
+    """Compiled blocks keep their parameters' names, train to the same loss, and their checkpoint is
+    the same folder."""
     short = "--stages=[{'tokens': 320, 'batch': 64, 'mixture': {'prose': 1}}]"
     run(short, "--compile=True")
     compiled = [r["loss"] for r in records(tmp_path / "out")[1:]]
@@ -206,7 +222,7 @@ def test_compiled_equals_plain(run, tmp_path):
     assert names == weights(tmp_path / "out/step_00000005").keys()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A run
 
 @pytest.fixture(scope="module")
@@ -219,20 +235,25 @@ def finished(world, tmp_path_factory):
 
 
 def start(world, out, *options):
-    return subprocess.Popen([sys.executable, str(HERE / "train.py"), "config_tiny.py", f"--out_dir={out}", *options], cwd=world,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), "config_tiny.py",
+                             f"--out_dir={out}", *options], cwd=world, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def test_a_run_writes_what_it_should(finished):
-    """Stage ends are kept for good and evaluated; the learning rate ends at min_lr; every step is logged once."""
+    """Stage ends are kept for good and evaluated; the learning rate ends at min_lr; every step is
+    logged once."""
     lines = records(finished)
     assert [r["step"] for r in lines] == list(range(STEPS + 1))
     assert set(lines[0]) == {"step", "tokens", "val_loss", "bits_per_byte"}
-    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory"} <= set(lines[1])
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu",
+            "memory"} <= set(lines[1])
     assert [r["step"] for r in lines if "val_loss" in r] == [0, 10, 20, 30, 35]
-    assert lines[-1]["lr"] == pytest.approx(1e-3) and lines[-1]["tokens"] == 2560 and lines[1]["lr"] == pytest.approx(1e-2 / 3)
-    assert set(lines[-1]["val_loss"]) == {"prose", "code"} and lines[-1]["val_loss"]["code"] < lines[0]["val_loss"]["code"] - 0.5
-    assert list(checkpoints(finished)) == [10, 30, 32, 35]                    # the ends of the stages, and two newest
+    assert (lines[-1]["lr"] == pytest.approx(1e-3) and lines[-1]["tokens"] == 2560
+            and lines[1]["lr"] == pytest.approx(1e-2 / 3))
+    assert (set(lines[-1]["val_loss"]) == {"prose", "code"}
+            and lines[-1]["val_loss"]["code"] < lines[0]["val_loss"]["code"] - 0.5)
+    assert list(checkpoints(finished)) == [10, 30, 32, 35]  # the ends of the stages, and two newest
     state = json.loads((finished / "step_00000035/training/state.json").read_text())
     assert state["step"] == 35 and state["tokens"] == 2560 and state["recipe"]["seed"] == 3407
     assert set(state["sources"]) == {"prose", "code"} and "model.safetensors" in state["files"]
@@ -241,11 +262,13 @@ def test_a_run_writes_what_it_should(finished):
 def test_bits_per_byte_are_nats_times_tokens_over_bytes(finished, world):
     info = json.loads((world / "data/prose/source.json").read_text())["val"]
     last = records(finished)[-1]
-    assert last["bits_per_byte"]["prose"] == pytest.approx(last["val_loss"]["prose"] / math.log(2) * info["tokens"] / info["bytes"])
+    assert last["bits_per_byte"]["prose"] == pytest.approx(
+        last["val_loss"]["prose"] / math.log(2) * info["tokens"] / info["bytes"])
 
 
 def test_a_checkpoint_opens_with_transformers(finished):
-    """A folder of ours is a Hugging Face folder: same logits, same ids, so whatever reads those reads ours."""
+    """A folder of ours is a Hugging Face folder: same logits, same ids, so whatever reads those
+    reads ours."""
     folder = finished / "step_00000035"
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
     fast, sp = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
@@ -266,27 +289,32 @@ def test_a_finished_run_says_so(finished, world):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM]])
+@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGKILL],
+                                     [signal.SIGKILL, signal.SIGTERM]])
 def test_stopped_and_started_again_is_the_same(signals, finished, world, tmp_path):
-    """A resume that forgets a moment, a count or its place in the data ends elsewhere: bit for bit is the only proof."""
+    """A resume that forgets a moment, a count or its place in the data ends elsewhere: bit for bit
+    is the only proof."""
     out, rng = tmp_path / "out", random.Random(len(signals) + signals[0])
     for number in signals:
         process, seen = start(world, out), len(records(out)) if out.exists() else 0
-        while process.poll() is None and (not (out / "metrics.jsonl").exists()
-                                          or len((out / "metrics.jsonl").read_text().splitlines()) < seen + 6):
+        while process.poll() is None and (
+                not (out / "metrics.jsonl").exists()
+                or len((out / "metrics.jsonl").read_text().splitlines()) < seen + 6):
             time.sleep(0.01)
         time.sleep(rng.random() / 20)
         process.send_signal(number)
         process.wait(60)
-        assert process.returncode in ((-signal.SIGKILL, 0) if number == signal.SIGKILL else (0,)), process.stderr.read()
-    (out / "step_00000099.tmp").mkdir()                                        # as a save that was killed leaves it
+        assert process.returncode in (
+            (-signal.SIGKILL, 0) if number == signal.SIGKILL else (0,)), process.stderr.read()
+    (out / "step_00000099.tmp").mkdir()                     # as a save that was killed leaves it
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')                                               # and a line
     process = start(world, out)
     assert process.wait(60) == 0, process.stderr.read()
     assert_same_bits(out / "step_00000035", finished / "step_00000035")
     keys = "step", "tokens", "loss", "lr", "grad_norm", "val_loss"
-    assert [[r.get(k) for k in keys] for r in records(out)] == [[r.get(k) for k in keys] for r in records(finished)]
+    assert [[r.get(k) for k in keys] for r in records(out)] == [
+        [r.get(k) for k in keys] for r in records(finished)]
     assert not list(out.glob("*.tmp"))
 
 
@@ -295,11 +323,12 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     with pytest.raises(SystemExit) as error:
         run("--learning_rate=0.02", "--seed=1")
-    assert "learning_rate: 0.01 there, 0.02 here" in str(error.value) and "seed: 3407 there, 1 here" in str(error.value)
+    assert ("learning_rate: 0.01 there, 0.02 here" in str(error.value)
+            and "seed: 3407 there, 1 here" in str(error.value))
     with pytest.raises(SystemExit, match="stages"):
         run("--data=prose")
     shutil.rmtree(tmp_path / "out/step_00000035")
-    printed = run("--log_every=3", "--micro_batch=1", "--keep=1")              # what changes nothing but rounding may change
+    printed = run("--log_every=3", "--micro_batch=1", "--keep=1")  # these change rounding at most
     assert "micro_batch was [2, 2] before and is [1, 1] now" in printed
     assert records(tmp_path / "out")[-1]["step"] == STEPS
 
@@ -307,10 +336,14 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
 def test_damaged_checkpoints_are_named(run, finished, tmp_path):
     """Half a file loads as far as it goes in some formats; a flipped bit loads in all of them."""
     out = tmp_path / "out"
-    for name, harm, words in [("model.safetensors", lambda b: b[:-8], "damaged"), ("config.json", lambda b: b[:9], "damaged"),
-                              ("training/optimizer.safetensors", lambda b: b[:99] + bytes([b[99] ^ 1]) + b[100:], "other content"),
-                              ("training/state.json", lambda b: b[:50], "state.json cannot be read"),
-                              ("model.safetensors", None, "lacks model.safetensors"), ("training/state.json", None, "state.json")]:
+    for name, harm, words in [
+            ("model.safetensors", lambda b: b[:-8], "damaged"),
+            ("config.json", lambda b: b[:9], "damaged"),
+            ("training/optimizer.safetensors", lambda b: b[:99] + bytes([b[99] ^ 1]) + b[100:],
+             "other content"),
+            ("training/state.json", lambda b: b[:50], "state.json cannot be read"),
+            ("model.safetensors", None, "lacks model.safetensors"),
+            ("training/state.json", None, "state.json")]:
         shutil.copytree(finished, out)
         file = out / "step_00000035" / name
         file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
@@ -325,7 +358,8 @@ def test_milestones_are_kept(run, tmp_path):
     assert list(checkpoints(tmp_path / "out")) == [8, 10, 16, 24, 30, 32, 35]
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    """Sorted as text, step 100,000,000 comes before 99,999,999: the original would have resumed from the wrong one."""
+    """Sorted as text, step 100,000,000 comes before 99,999,999: the original would have resumed
+    from the wrong one."""
     for step in 99_999_999, 100_000_000, 7:
         (tmp_path / f"step_{step:08d}").mkdir()
     (tmp_path / "step_00000009.tmp").mkdir()
@@ -344,22 +378,27 @@ def test_a_failed_save_leaves_nothing_behind(run, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
-    with pytest.raises(SystemExit, match=r"step 2 is not finite: .*nan.*Last good checkpoint: none yet"):
+    with pytest.raises(SystemExit, match=r"step 2 is not finite: .*nan.*"
+                                         r"Last good checkpoint: none yet"):
         run("--learning_rate=1e30", "--save_every=100")
     assert not checkpoints(tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one sentence, before anything is written
 
 @pytest.mark.parametrize("options, words", [
-    (["--data=nowhere"], "no folder .*nowhere: make it with"), (["--data_dir=elsewhere"], "no folder elsewhere/"),
-    (["--context=65536", "--stages=[{'tokens': 1e6, 'batch': 65536, 'mixture': {'prose': 1}}]", "--warmup_steps=1"],
-     "prose has .* tokens, less than one window"),
-    (["--vocab_size=319"], "vocab_size 319 is below that of the data, 320"), (["--context=24"], "batch of 64.*sequences of 24"),
-    (["--n_head=3"], "d_model 32"), (["--min_lr=0.1"], "min_lr 0.1.*learning_rate 0.01"), (["--warmup_steps=40"], "warmup_steps 40"),
-    (["--learning_rte=1"], "nearest: learning_rate"), (["--micro_batch=0"], "micro_batch must be above 0"),
-    (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"), (["--data=prose:0"], "not all zero")])
+    (["--data=nowhere"], "no folder .*nowhere: make it with"),
+    (["--data_dir=elsewhere"], "no folder elsewhere/"),
+    (["--context=65536", "--stages=[{'tokens': 1e6, 'batch': 65536, 'mixture': {'prose': 1}}]",
+      "--warmup_steps=1"], "prose has .* tokens, less than one window"),
+    (["--vocab_size=319"], "vocab_size 319 is below that of the data, 320"),
+    (["--context=24"], "batch of 64.*sequences of 24"), (["--n_head=3"], "d_model 32"),
+    (["--min_lr=0.1"], "min_lr 0.1.*learning_rate 0.01"),
+    (["--warmup_steps=40"], "warmup_steps 40"), (["--learning_rte=1"], "nearest: learning_rate"),
+    (["--micro_batch=0"], "micro_batch must be above 0"),
+    (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"),
+    (["--data=prose:0"], "not all zero")])
 def test_bad_recipes_are_refused(options, words, world, tmp_path):
     process = start(world, tmp_path / "out", *options)
     out, err = process.communicate(timeout=60)
@@ -369,7 +408,8 @@ def test_bad_recipes_are_refused(options, words, world, tmp_path):
 
 
 def test_sources_of_two_tokenizers_are_refused(run, world):
-    write_source(world / "data/other", ["some other text " * 40], train_tokenizer([TEXT], 310), 0, "a test")
+    write_source(world / "data/other", ["some other text " * 40],
+                 train_tokenizer([TEXT], 310), 0, "a test")
     with pytest.raises(SystemExit, match="other and prose were written with different tokenizers"):
         run("--data=prose,other")
 
@@ -379,7 +419,8 @@ def test_a_source_without_validation_trains(run, world, tmp_path):
     shutil.rmtree(world / "data/mine", ignore_errors=True)
     write_source(world / "data/mine", ["one long text " * 200], model, 0, "a test")
     printed = run("--data=mine")
-    assert "mine has no validation part of a whole window" in printed and "val_loss" not in records(tmp_path / "out")[-1]
+    assert ("mine has no validation part of a whole window" in printed
+            and "val_loss" not in records(tmp_path / "out")[-1])
 
 
 def test_more_than_one_process_is_refused(run, monkeypatch):
@@ -397,22 +438,25 @@ def test_gpu_losses_follow_the_cpus(world):
     optimizer = build_optimizer(model, cfg)
     expected, _ = step_of(world, 4)
     for step in range(10):
-        x, y = read_batch(sources, sequences(stages, {n: s.windows for n, s in sources.items()}, cfg.seed, step), torch.device("cuda"))
+        x, y = read_batch(
+            sources, sequences(stages, {n: s.windows for n, s in sources.items()}, cfg.seed, step),
+            torch.device("cuda"))
         loss, _ = train_step(model, optimizer, x, y, 1e-2, 4, torch.bfloat16, cfg.grad_clip)
         assert abs(loss - expected[step, 0].item()) < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Long proofs
 
 @pytest.mark.slow
 def test_killed_at_random_moments(finished, world, tmp_path):
-    """Whatever moment a run dies at, inside a save too, it continues and ends with the same bits."""
+    """Whatever moment a run dies at, inside a save too, it continues and ends with the same
+    bits."""
     out, rng, kills = tmp_path / "out", random.Random(7), 0
     for attempt in range(40):
         process = start(world, out)
         try:
-            process.wait(rng.uniform(1, 4 + attempt))                          # on a slow machine the first get nowhere
+            process.wait(rng.uniform(1, 4 + attempt))   # on a slow machine the first get nowhere
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
@@ -421,17 +465,20 @@ def test_killed_at_random_moments(finished, world, tmp_path):
             break
     assert process.returncode == 0 and kills > 1
     assert_same_bits(out / "step_00000035", finished / "step_00000035")
-    assert [r["step"] for r in records(out)] == list(range(STEPS + 1)) and not list(out.glob("*.tmp"))
+    assert ([r["step"] for r in records(out)] == list(range(STEPS + 1))
+            and not list(out.glob("*.tmp")))
 
 
 @pytest.mark.slow
 def test_own_text_from_file_to_sample(tmp_path):
     """The README's way from a text file to a model of it, command by command."""
-    (tmp_path / "my.txt").write_text("\n".join(f"{k} times {k + 1} makes {k * (k + 1)}, and that is all." for k in range(3000)))
+    (tmp_path / "my.txt").write_text("\n".join(
+        f"{k} times {k + 1} makes {k * (k + 1)}, and that is all." for k in range(3000)))
 
     def command(line):
         script, *arguments = line.split()
-        done = subprocess.run([sys.executable, str(HERE / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(HERE / script), *arguments], cwd=tmp_path,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -440,5 +487,6 @@ def test_own_text_from_file_to_sample(tmp_path):
     command("prepare.py tokenize my.txt --tokenizer=my.model --out=data/my")
     assert "1 documents" in command("prepare.py inspect data/my")
     stages = "[{'tokens':100_000,'batch':2048,'mixture':{'demo-prose':1}}]"
-    command(f"train.py config_demo.py --data=my --out_dir=out/my --stages={stages} --d_model=64 --n_head=2 --n_kv_head=1")
+    command(f"train.py config_demo.py --data=my --out_dir=out/my --stages={stages} "
+            "--d_model=64 --n_head=2 --n_kv_head=1")
     assert "times" in command("sample.py out/my --prompt=12 --temperature=0")

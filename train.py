@@ -1,13 +1,15 @@
 """Pretraining: python train.py RECIPE.py [--key=value ...]
 
-A step reads the batch that follows from its number (data.py), adds up the gradients of its micro-batches, clips them and
-lets AdamW move the weights. Everything is counted in tokens: a batch has so many, the learning rate is that of so many seen,
-and how many micro-batches make up a batch is derived:
+A step reads the batch that follows from its number (data.py), adds up the gradients of its
+micro-batches, clips them and lets AdamW move the weights. Everything is counted in tokens: a batch
+has so many, the learning rate is that of so many seen, and how many micro-batches make up a batch
+is derived:
 
     batch 16,384 tokens = 64 sequences of 256 = 4 micro-batches of 16
 
-There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or by force, goes on from
-its newest checkpoint when the same command is given again, and ends with the weights it would have had.
+There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or
+by force, goes on from its newest checkpoint when the same command is given again, and ends with the
+weights it would have had.
 """
 import json
 import math
@@ -42,11 +44,12 @@ class TrainConfig(ModelConfig):
     """Everything a recipe may say; the shape of the model is inherited."""
     vocab_size: int = 0                          # 0: that of the data
     # what to train on, and for how long
-    stages: list = field(default_factory=list)   # dicts of tokens, batch (tokens), mixture {source: share}, ramp (tokens)
-    data: str = ""                               # NAME or NAME:SHARE,NAME:SHARE instead of every stage's mixture
+    stages: list = field(default_factory=list)   # dicts of tokens, batch (tokens),
+                                                 # mixture {source: share}, ramp (tokens)
+    data: str = ""                               # NAME or NAME:SHARE,... instead of every mixture
     data_dir: str = "data"                       # the folder of the sources
     out_dir: str = ""                            # "": out/ and the recipe's name
-    seed: int = 3407                             # of the initial weights and of the order of the data
+    seed: int = 3407                             # of the initial weights and the order of the data
     # optimization
     learning_rate: float = 4e-4                  # reached after the warm-up
     min_lr: float = 4e-5                         # that of the last step
@@ -57,33 +60,36 @@ class TrainConfig(ModelConfig):
     grad_clip: float = 1.0                       # largest norm of the gradient
     # how it runs: what comes out is the same but for rounding
     micro_batch: int = 8                         # most sequences at once
-    dtype: str = "auto"                          # of the computation: float32, bfloat16, auto (bfloat16 where hardware has it)
+    dtype: str = "auto"                          # of the computation: float32, bfloat16, auto
+                                                 # (bfloat16 where hardware has it)
     compile: bool | None = None                  # None: where it pays
     # what is written
     log_every: int = 10                          # steps
     eval_every: int = 1000                       # steps; at the end of a stage always
     eval_tokens: int = 2 ** 21                   # most tokens of each source in an evaluation
     save_every: int = 1000                       # steps; at the end of a stage always
-    keep: int = 3                                # newest checkpoints kept (those at the end of a stage always are); 0: all
+    keep: int = 3                                # newest kept (those at stage ends always); 0: all
     keep_every: int = 0                          # of every so many steps one is kept, too; 0: none
 
     def __post_init__(self):
         super().__post_init__()
-        for key in "micro_batch", "log_every", "eval_every", "eval_tokens", "save_every", "learning_rate", "grad_clip":
+        for key in ("micro_batch", "log_every", "eval_every", "eval_tokens", "save_every",
+                    "learning_rate", "grad_clip"):
             if not getattr(self, key) > 0:
                 sys.exit(f"{key} must be above 0, got {getattr(self, key)}")
         if not 0 <= self.min_lr < self.learning_rate:
-            sys.exit(f"min_lr {self.min_lr} must be at least 0 and below learning_rate {self.learning_rate}")
+            sys.exit(f"min_lr {self.min_lr} must be at least 0 and below "
+                     f"learning_rate {self.learning_rate}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             sys.exit(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
 
 
 # keys that change what is written or how fast, and nothing that is learned but by rounding
-FREE = {"data_dir", "out_dir", "micro_batch", "dtype", "compile", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-        "keep_every"}
+FREE = {"data_dir", "out_dir", "micro_batch", "dtype", "compile", "log_every", "eval_every",
+        "eval_tokens", "save_every", "keep", "keep_every"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arithmetic of a run
 
 def mixture_of(text):
@@ -108,8 +114,8 @@ def tokens_after(stages, step, context):
 
 
 def lr_at(tokens, total, warmup, cfg):
-    """The learning rate of the step that ends with so many tokens seen: linear up to `warmup` tokens, then a cosine that
-    reaches min_lr with the last step."""
+    """The learning rate of the step that ends with so many tokens seen: linear up to `warmup`
+    tokens, then a cosine that reaches min_lr with the last step."""
     if tokens < warmup:
         return cfg.learning_rate * tokens / warmup
     progress = (tokens - warmup) / (total - warmup)
@@ -117,22 +123,25 @@ def lr_at(tokens, total, warmup, cfg):
 
 
 def split_batch(batch, ranks, micro_batch):
-    """(micro-batch, how many) for each of `ranks` processes to make up `batch` sequences: all alike, as large as allowed."""
+    """(micro-batch, how many) for each of `ranks` processes to make up `batch` sequences: all
+    alike, as large as allowed."""
     if batch % ranks:
         fits = [r for r in range(1, batch + 1) if batch % r == 0]
-        below, above = max(r for r in fits if r < ranks) if ranks > 1 else 1, min((r for r in fits if r > ranks), default=batch)
-        sys.exit(f"a batch of {batch} sequences cannot be divided among {ranks} processes; nearest: {below} and {above}")
+        below, above = (max(r for r in fits if r < ranks) if ranks > 1 else 1,
+                        min((r for r in fits if r > ranks), default=batch))
+        sys.exit(f"a batch of {batch} sequences cannot be divided among {ranks} processes; "
+                 f"nearest: {below} and {above}")
     share = batch // ranks
     micro = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
     return micro, share // micro
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hardware
 
 # dense bf16 FLOP/s, from the makers' data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12, "RTX 4090": 165e12,
-              "RTX 3090": 71e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12,
+              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def choose_dtype(cfg, device):
@@ -141,19 +150,22 @@ def choose_dtype(cfg, device):
         return getattr(torch, cfg.dtype), "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                 or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "the CPU has it"
     return torch.float32, f"this {device.type} has no bfloat16 of its own"
 
 
 def choose_compile(cfg, device, flops):
-    """(whether to compile, why). On a CPU it takes a minute and wins a tenth: it pays in runs of a quarter of an hour."""
+    """(whether to compile, why). On a CPU it takes a minute and wins a tenth: it pays in runs of a
+    quarter of an hour."""
     if cfg.compile is not None:
         return cfg.compile, "as asked"
     if device.type == "cuda":
         return (True, "it pays on a GPU") if find_spec("triton") else (False, "there is no triton")
     if device.type == "cpu" and flops > 1e14:
-        return (True, "a long run") if shutil.which("g++") or shutil.which("clang++") else (False, "there is no C++ compiler")
+        return ((True, "a long run") if shutil.which("g++") or shutil.which("clang++")
+                else (False, "there is no C++ compiler"))
     return False, "it would not come back" if device.type == "cpu" else f"not on {device.type}"
 
 
@@ -165,14 +177,14 @@ def memory_used(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step
 
 def parallelize(model, device, compiled):
     """What is put on a model from outside before its weights have memory; then the memory."""
-    if compiled:                        # each block, not the whole: alike, they share one graph, compiled once
+    if compiled:          # each block, not the whole: alike, they share one graph, compiled once
         for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)   # never by the order in which shapes happen to come
+            block.compile(fullgraph=True, dynamic=False)  # never by the order in which shapes come
     return model.to_empty(device=device)
 
 
@@ -188,7 +200,8 @@ def build_optimizer(model, cfg):
 
 def read_batch(sources, rows, device):
     """rows [(source, window)] -> x, y (rows, T) on the device."""
-    tokens = torch.from_numpy(np.stack([sources[name].window(w) for name, w in rows]))      # (rows, T + 1)
+    tokens = torch.from_numpy(np.stack([sources[name].window(w)
+                                        for name, w in rows]))       # (rows, T + 1)
     if device.type == "cuda":
         tokens = tokens.pin_memory()
     tokens = tokens.to(device, non_blocking=True)
@@ -196,8 +209,8 @@ def read_batch(sources, rows, device):
 
 
 def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
-    """One optimizer step on x, y (rows, T) in micro-batches of `micro` rows. (mean loss, norm of the gradient), as floats;
-    where one of them is not finite the weights are left as they were."""
+    """One optimizer step on x, y (rows, T) in micro-batches of `micro` rows. (mean loss, norm of
+    the gradient), as floats; where one of them is not finite the weights are left as they were."""
     total = torch.zeros((), device=x.device)
     for xs, ys in zip(x.split(micro), y.split(micro)):
         with precision(x.device, dtype):
@@ -205,7 +218,7 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    loss, norm = torch.stack((total, norm)).tolist()                # the only wait for the device in a step
+    loss, norm = torch.stack((total, norm)).tolist()    # the only wait for the device in a step
     if math.isfinite(loss) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -216,12 +229,13 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
 
 @torch.no_grad()
 def evaluate(model, sources, cfg, device, dtype):
-    """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each validation part, the same windows
-    every time, spread evenly over it. Bits per byte do not depend on the tokenizer, nats per token do."""
+    """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each
+    validation part, the same windows every time, spread evenly over it. Bits per byte do not depend
+    on the tokenizer, nats per token do."""
     losses, bits, micro = {}, {}, cfg.micro_batch
     for name, source in sources.items():
         n = min(source.windows, max(1, cfg.eval_tokens // source.context))
-        n = n // micro * micro or n                                 # whole micro-batches: one shape to compile
+        n = n // micro * micro or n                     # whole micro-batches: one shape to compile
         rows = [(name, i * source.windows // n) for i in range(n)]
         total = 0.0
         for i in range(0, n, micro):
@@ -233,14 +247,15 @@ def evaluate(model, sources, cfg, device, dtype):
     return losses, bits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face folder, with what training needs beside the model in training/
 
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
 def save(step, model, optimizer, cfg, state, sources):
-    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed. Returns its path."""
+    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed. Returns
+    its path."""
     path = Path(cfg.out_dir) / f"step_{step:08d}"
     temporary = path.with_suffix(".tmp")
     name, source = next(iter(sources.items()))                      # all have the same tokenizer
@@ -251,12 +266,15 @@ def save(step, model, optimizer, cfg, state, sources):
             if (Path(cfg.data_dir) / name / file).exists():
                 shutil.copyfile(Path(cfg.data_dir) / name / file, temporary / file)
         names = {p: hf_name(name) for name, p in model.named_parameters()}
-        moments = {f"{names[p]}.{key}": value.cpu() for p, values in optimizer.state.items() for key, value in values.items()}
+        moments = {f"{names[p]}.{key}": value.cpu()
+                   for p, values in optimizer.state.items() for key, value in values.items()}
         save_file(moments, temporary / "training/optimizer.safetensors")
         written = sorted(file for file in temporary.rglob("*") if file.is_file())
-        described = {str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": digest(file)} for file in written}
+        described = {str(file.relative_to(temporary)):
+                     {"bytes": file.stat().st_size, "sha256": digest(file)} for file in written}
         write_json(temporary / "training/state.json", state | {"step": step, "files": described})
-        for file in (*written, temporary / "training/state.json", temporary / "training", temporary):
+        for file in (*written, temporary / "training/state.json", temporary / "training",
+                     temporary):
             flush(file)
         temporary.rename(path)
         flush(path.parent)
@@ -279,25 +297,29 @@ def flush(path):
 
 def checkpoints(out_dir):
     """The checkpoints in out_dir, {step: path}, in order."""
-    found = {int(p.name[5:]): p for p in out_dir.glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+    found = {int(p.name[5:]): p for p in out_dir.glob("step_*")
+             if re.fullmatch(r"step_\d+", p.name)}
     return dict(sorted(found.items()))
 
 
 def read_state(path):
-    """state.json of a checkpoint, after comparing every file it names with what is there. Raises ModelError."""
+    """state.json of a checkpoint, after comparing every file it names with what is there. Raises
+    ModelError."""
     state = read_json(path / "training/state.json")
     for name, about in state["files"].items():
         file = path / name
         if not file.is_file():
             raise ModelError(f"{path} lacks {name}")
         if file.stat().st_size != about["bytes"] or digest(file) != about["sha256"]:
-            raise ModelError(f"{file} is damaged: {file.stat().st_size} bytes, and {about['bytes']} were written"
-                             + (", of other content" if file.stat().st_size == about["bytes"] else ""))
+            raise ModelError(
+                f"{file} is damaged: {file.stat().st_size} bytes, and {about['bytes']} were written"
+                + (", of other content" if file.stat().st_size == about["bytes"] else ""))
     return state
 
 
 def resume(path, model, optimizer):
-    """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved yet."""
+    """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved
+    yet."""
     model.load_tensors(path)
     with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
         for name, p in model.named_parameters():
@@ -306,17 +328,19 @@ def resume(path, model, optimizer):
 
 
 def delete_old(cfg, ends):
-    """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of every keep_every steps."""
+    """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of
+    every keep_every steps."""
     for step, path in list(checkpoints(Path(cfg.out_dir)).items())[:-cfg.keep or None]:
         if cfg.keep and step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
             shutil.rmtree(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came: the step is finished and saved then. A second one ends the program at once."""
+    """True once Ctrl-C or SIGTERM came: the step is finished and saved then. A second one ends the
+    program at once."""
 
     def __init__(self):
         self.asked = False
@@ -333,7 +357,8 @@ class Stop:
 
 
 class Metrics:
-    """metrics.jsonl: a line a record. What an earlier run wrote beyond `step`, and a line torn by its end, is cut off."""
+    """metrics.jsonl: a line a record. What an earlier run wrote beyond `step`, and a line torn by
+    its end, is cut off."""
 
     def __init__(self, path, step, tokens_per_second_at_peak):
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and step else []
@@ -344,13 +369,15 @@ class Metrics:
         self.tokens = self.seconds = 0
 
     def took(self, tokens, seconds):
-        """Counts a step's time: speed is that of the steps since the last record, without evaluations and saves."""
+        """Counts a step's time: speed is that of the steps since the last record, without
+        evaluations and saves."""
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
     def write(self, record, memory):
         if self.tokens:
             rate = self.tokens / self.seconds
-            record |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None, "memory": memory}
+            record |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None,
+                       "memory": memory}
             self.tokens = self.seconds = 0
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -358,15 +385,18 @@ class Metrics:
 
 
 def read_recipe(argv):
-    """(config, stages, training sources, those of them with a validation part) of a command line, checked as a whole."""
+    """(config, stages, training sources, those of them with a validation part) of a command line,
+    checked as a whole."""
     cfg = load(argv, TrainConfig)
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
     if not recipes and not cfg.stages:
-        sys.exit("usage: python train.py RECIPE.py [--key=value ...], e.g. python train.py config_demo.py")
+        sys.exit("usage: python train.py RECIPE.py [--key=value ...], e.g. "
+                 "python train.py config_demo.py")
     if not cfg.out_dir:
         cfg = replace(cfg, out_dir=f"out/{recipes[-1] if recipes else 'run'}")
     if cfg.data:
-        stages = [{k: v for k, v in stage.items() if k != "ramp"} | {"mixture": mixture_of(cfg.data)} for stage in cfg.stages]
+        stages = [{k: v for k, v in stage.items() if k != "ramp"}
+                  | {"mixture": mixture_of(cfg.data)} for stage in cfg.stages]
         cfg = replace(cfg, stages=stages, data="")
     stages = parse_stages(cfg.stages, cfg.context)
     names = sorted({name for stage in stages for name in stage.names})
@@ -374,21 +404,27 @@ def read_recipe(argv):
     val = {name: Source(Path(cfg.data_dir) / name, "val", cfg.context) for name in names}
     for source in train.values():
         if not source.windows:
-            sys.exit(f"the source {source.name} has {source.header.tokens} tokens, less than one window of context + 1 = "
-                     f"{cfg.context + 1}: give it more text, or --context a smaller value")
+            sys.exit(f"the source {source.name} has {source.header.tokens} tokens, "
+                     f"less than one window of context + 1 = {cfg.context + 1}: "
+                     "give it more text, or --context a smaller value")
         if source.header.tokenizer != train[names[0]].header.tokenizer:
-            sys.exit(f"the sources {names[0]} and {source.name} were written with different tokenizers: tokenize both with one")
+            sys.exit(f"the sources {names[0]} and {source.name} were written with different "
+                     "tokenizers: tokenize both with one")
     vocab_size = train[names[0]].header.vocab_size
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, {vocab_size}: leave it out, or tokenize with another")
+        sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, {vocab_size}: "
+                 "leave it out, or tokenize with another")
     warmup, total = cfg.warmup_steps, sum(stage.steps for stage in stages)
     if not 0 <= warmup * stages[0].batch < sum(stage.steps * stage.batch for stage in stages):
-        sys.exit(f"warmup_steps {warmup} must be at least 0 and end before the run does, which has {total} steps")
-    return replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train, {n: s for n, s in val.items() if s.windows}
+        sys.exit(f"warmup_steps {warmup} must be at least 0 and end before the run does, "
+                 f"which has {total} steps")
+    return (replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train,
+            {n: s for n, s in val.items() if s.windows})
 
 
 def find_checkpoint(out_dir, description):
-    """(step, path) of the newest checkpoint to continue from, or (0, None). Exits where it is damaged or of another recipe."""
+    """(step, path) of the newest checkpoint to continue from, or (0, None). Exits where it is
+    damaged or of another recipe."""
     found = checkpoints(out_dir)
     if not found:
         return 0, None
@@ -397,31 +433,38 @@ def find_checkpoint(out_dir, description):
         state = read_state(path)
     except ModelError as error:
         earlier = [str(p) for p in found.values()][:-1]
-        sys.exit(f"{error}\nRemove {path} to " + (f"continue from {earlier[-1]}" if earlier else "start over"))
+        sys.exit(f"{error}\nRemove {path} to "
+                 + (f"continue from {earlier[-1]}" if earlier else "start over"))
     theirs, ours = ({**d["recipe"], "sources": d["sources"]} for d in (state, description))
-    differences = [f"  {key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if key not in FREE
-                   and theirs.get(key) != ours[key]]
+    differences = [f"  {key}: {theirs.get(key)} there, {ours[key]} here" for key in ours
+                   if key not in FREE and theirs.get(key) != ours[key]]
     if differences:
-        sys.exit("\n".join([f"{path} was trained by another recipe:", *differences, "Take the same, or another --out_dir"]))
+        sys.exit("\n".join([f"{path} was trained by another recipe:", *differences,
+                            "Take the same, or another --out_dir"]))
     for key, here in description["run"].items():
         if state["run"].get(key) != here:
-            print(f"note: {key} was {state['run'].get(key)} before and is {here} now: rounding will differ")
+            print(f"note: {key} was {state['run'].get(key)} before and is {here} now: "
+                  "rounding will differ")
     return step, path
 
 
 def commit():
-    """The commit of this code, with + behind it where files differ from it; None outside a checkout."""
+    """The commit of this code, with + behind it where files differ from it; None outside a
+    checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode else "")
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True, check=True).stdout.strip()
+        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD"],
+                                             capture_output=True).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def main(argv):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it with python")
+        sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
+                 "start it with python")
     stop = Stop()
     cfg, stages, train, val = read_recipe(argv)
     steps = sum(stage.steps for stage in stages)
@@ -430,29 +473,35 @@ def main(argv):
         model = Llama(cfg)
     flops = model.flops_per_token()
     dtype, why_dtype = choose_dtype(cfg, device)
-    compiled, why_compiled = choose_compile(cfg, device, flops * tokens_after(stages, steps, cfg.context))
+    compiled, why_compiled = choose_compile(cfg, device,
+                                            flops * tokens_after(stages, steps, cfg.context))
     micro = {stage.batch: split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages}
     description = {
         "recipe": asdict(cfg),
-        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer} for name, source in train.items()},
-        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "compile": compiled,
-                "micro_batch": list(micro.values())},
-        "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer}
+                    for name, source in train.items()},
+        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
+                "compile": compiled, "micro_batch": list(micro.values())},
+        "commit": commit(),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     out_dir = Path(cfg.out_dir)
     first, newest = find_checkpoint(out_dir, description)
     if first == steps:
-        print(f"{newest} is the end of this run, all {steps} steps are done: python sample.py {newest}")
+        print(f"{newest} is the end of this run, all {steps} steps are done: "
+              f"python sample.py {newest}")
         return
 
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    card = (torch.cuda.get_device_name() if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
     flash = flash_attn_func and device.type == "cuda" and dtype == torch.bfloat16
     print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
-    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: {why_compiled}; "
-          f"attention by {'flash-attn' if flash else 'SDPA'}")
+    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
+          f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs a token")
     for k, stage in enumerate(stages, 1):
-        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = {stage.batch // micro[stage.batch]} x "
-              f"{micro[stage.batch]} sequences of {cfg.context}; "
+        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = "
+              f"{stage.batch // micro[stage.batch]} x {micro[stage.batch]} sequences "
+              f"of {cfg.context}; "
               + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
     for name in train.keys() - val.keys():
         print(f"{name} has no validation part of a whole window: it trains without one")
@@ -468,23 +517,28 @@ def main(argv):
         shutil.rmtree(half)
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
     metrics = Metrics(out_dir / "metrics.jsonl", first, peak and peak / flops)
-    last, newest = loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description, metrics, stop)
+    last, newest = loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest,
+                        description, metrics, stop)
     if last == steps:
         print(f"{newest} is the end of the run")
     else:
-        print(f"stopped after step {last}; " + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
+        print(f"stopped after step {last}; "
+              + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
 
 
-def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description, metrics, stop):
-    """The steps from `first` on, until the last or a wish to stop. (steps done, newest checkpoint)."""
+def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description,
+         metrics, stop):
+    """The steps from `first` on, until the last or a wish to stop. (steps done, newest
+    checkpoint)."""
     device = model.embed.weight.device
     windows = {name: source.windows for name, source in train.items()}
     ends = np.cumsum([stage.steps for stage in stages]).tolist()
     steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
     line = {}
-    with tqdm(total=total, initial=tokens_after(stages, first, cfg.context), unit="tok", unit_scale=True) as bar:
-        for step in range(first, steps + 1):                # one turn more than there are steps: to evaluate and save the last
+    with tqdm(total=total, initial=tokens_after(stages, first, cfg.context), unit="tok",
+              unit_scale=True) as bar:
+        for step in range(first, steps + 1):  # one turn more, to evaluate and save the last step
             seen, new = tokens_after(stages, step, cfg.context), step > first
             if val and (new or step == 0) and (step % cfg.eval_every == 0 or step in ends):
                 line["val_loss"], line["bits_per_byte"] = evaluate(model, val, cfg, device, dtype)
@@ -500,10 +554,13 @@ def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest,
             rows = sequences(stages, windows, cfg.seed, step)
             x, y = read_batch(train, rows, device)
             lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
-            loss, norm = train_step(model, optimizer, x, y, lr, micro[len(rows)], dtype, cfg.grad_clip)
+            loss, norm = train_step(model, optimizer, x, y, lr, micro[len(rows)], dtype,
+                                    cfg.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                sys.exit(f"step {step + 1} is not finite: loss {loss}, norm of the gradient {norm}; stopped before the weights moved. "
-                         f"Last good checkpoint: {newest or 'none yet'}. A smaller --learning_rate or more --warmup_steps may help")
+                sys.exit(f"step {step + 1} is not finite: loss {loss}, "
+                         f"norm of the gradient {norm}; stopped before the weights moved. "
+                         f"Last good checkpoint: {newest or 'none yet'}. "
+                         "A smaller --learning_rate or more --warmup_steps may help")
             line = {"loss": loss, "lr": lr, "grad_norm": norm}
             metrics.took(x.numel(), time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -515,7 +572,8 @@ def in_words(line, steps):
     text = f"step {line['step']}/{steps}"
     if "loss" in line:
         text += (f"  loss {line['loss']:.3f}  lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  "
-                 f"{line['tokens_per_second']:,.0f} tok/s" + (f"  MFU {line['mfu']:.1%}" if line["mfu"] else ""))
+                 f"{line['tokens_per_second']:,.0f} tok/s"
+                 + (f"  MFU {line['mfu']:.1%}" if line["mfu"] else ""))
     for name, bits in line.get("bits_per_byte", {}).items():
         text += f"  | {name} {line['val_loss'][name]:.3f} nats, {bits:.3f} bits/byte"
     return text
