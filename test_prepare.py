@@ -3,8 +3,6 @@ bad input is refused whole."""
 import ast
 import json
 import random
-import sys
-import unicodedata
 
 import numpy as np
 import pytest
