@@ -4,16 +4,16 @@ code with a ramp between the two, then a cooldown by a batch four times as large
     python prepare.py demo
     python train.py config_demo.py
 
-1.6 million parameters, 1.75 million tokens, about three minutes on two CPU cores without bf16.
-Shape, vocabulary, batch and learning rate are the best of nine runs at equal time, by bits per byte.
+1.6 million parameters, 1.5 million tokens, about three minutes on two CPU cores without bf16.
+Shape, vocabulary, batch and learning rate are the best of eight runs at equal time, by bits per byte.
 """
 n_layer, d_model, n_head, n_kv_head, d_ff, context = 3, 128, 2, 1, 352, 256
 
 _both = {"demo-prose": 0.5, "demo-code": 0.5}
 stages = [
-    {"tokens": 440_000, "batch": 2048, "mixture": {"demo-prose": 1}},
-    {"tokens": 960_000, "batch": 2048, "mixture": _both, "ramp": 180_000},
-    {"tokens": 350_000, "batch": 8192, "mixture": _both},
+    {"tokens": 400_000, "batch": 2048, "mixture": {"demo-prose": 1}},
+    {"tokens": 800_000, "batch": 2048, "mixture": _both, "ramp": 160_000},
+    {"tokens": 300_000, "batch": 8192, "mixture": _both},
 ]
 
 learning_rate, min_lr, warmup_steps = 5e-3, 5e-4, 20
