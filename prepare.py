@@ -19,6 +19,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -375,24 +376,22 @@ def split_docstrings(source):
             raw = raw[:begin] + raw[end:]
     code = raw.decode()
     ast.parse(code)
-    return [doc for *_, doc in docs], code.strip() + "\n"
+    return [doc for *_, doc in docs], code
 
 
 def embedded_corpus():
-    """(prose, code), lists of documents: documentation topics and docstrings; modules without their
-    docstrings."""
+    """(prose, code), lists of documents. Prose: each documentation topic and each docstring. Code:
+    each top-level part of a module, two blank lines from the next, its docstrings cut out."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    prose, code, seen = [inspect.cleandoc(topics[name]) for name in sorted(topics)], [], set()
+    prose, code = [inspect.cleandoc(topics[name]) for name in sorted(topics)], []
     for text in library_modules().values():
         with contextlib.suppress(SyntaxError):
             docs, rest = split_docstrings(text)
-            fresh = [doc for doc in docs if doc not in seen]
-            seen.update(fresh)
-            if fresh:
-                prose.append("\n\n".join(fresh) + "\n")
-            if len(rest) > 200:                # else an empty module, or one line of import
-                code.append(rest)
-    return prose, code
+            prose += docs
+            code += re.split(r"\n{3,}(?=\S)", rest.strip())
+    # a few words teach nothing, and many docstrings stand several times
+    return tuple(list(dict.fromkeys(text + "\n" for text in texts if len(text) > 30))
+                 for texts in (prose, code))
 
 
 def demo(data_dir, vocab_size, val_fraction=0.05):

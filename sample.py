@@ -159,7 +159,7 @@ def parse_args(argv):
                         help="a folder or a hub name; default: the newest under out/")
     parser.add_argument("--prompt", default="",
                         help="the text to continue; default: none, a document from its beginning")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.7,
                         help="0: always the likeliest token")
