@@ -160,7 +160,8 @@ def parse_args(argv):
     parser.add_argument("--prompt", default="",
                         help="the text to continue; default: none, a document from its beginning")
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--num_samples", type=int,
+                        help="default: 1, or 4 where there is neither a prompt nor --temperature=0")
     parser.add_argument("--temperature", type=float, default=0.7,
                         help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=50,
@@ -169,6 +170,8 @@ def parse_args(argv):
                         help="draw from the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
+    if args.num_samples is None:
+        args.num_samples = 1 if args.prompt or args.temperature == 0 else 4
     for name, fine, wanted in (("max_new_tokens", args.max_new_tokens > 0, "above 0"),
                                ("num_samples", args.num_samples > 0, "above 0"),
                                ("temperature", args.temperature >= 0, "0 or above"),

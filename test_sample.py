@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sample
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, ModelError
 from prepare import train_tokenizer, write_tokenizer
 from sample import Stream, Tokenizer, choose, find_model, generate, load_model
 from test_prepare import AWKWARD, TEXT
@@ -52,9 +52,24 @@ def greedy(logits):
     return logits.argmax(-1)
 
 
-def run(*arguments, cwd=None):
+@pytest.fixture
+def run(capsys):
+    """run(arguments...) is what the program prints and how it ends, without starting a process."""
+    def run(*arguments):
+        code, message = 0, ""
+        try:
+            sample.main([str(a) for a in arguments])
+        except (SystemExit, ModelError) as error:
+            code, message = 1, str(error)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err + message)
+
+    return run
+
+
+def start(*arguments):
     return subprocess.run([sys.executable, str(HERE / "sample.py"), *map(str, arguments)],
-                          capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120)
+                          capture_output=True, text=True, encoding="utf-8", timeout=120)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,7 +79,7 @@ def run(*arguments, cwd=None):
 def test_what_was_learned_is_recited(folder, prompt):
     """Two programs, one text: whatever train and sample understand differently (BOS, positions, the
     last byte) breaks it."""
-    done = run(folder, f"--prompt={prompt}", "--temperature=0")
+    done = start(folder, f"--prompt={prompt}", "--temperature=0")
     assert done.returncode == 0 and done.stdout == VERSE + "\n"
     assert "tokens/s" in done.stderr
 
@@ -153,7 +168,7 @@ def test_streamed_text_is_the_whole_text(folder):
 # --------------------------------------------------------------------------------------------------
 # The program
 
-def test_only_text_goes_to_standard_output(folder):
+def test_only_text_goes_to_standard_output(run, folder):
     """Whatever else is printed there ends up in the file of who redirects it."""
     one = run(folder, "--prompt=The", "--seed=5", "--max_new_tokens=12", "--num_samples=3")
     two = run(folder, "--prompt=The", "--seed=5", "--max_new_tokens=12", "--num_samples=3")
@@ -164,7 +179,7 @@ def test_only_text_goes_to_standard_output(folder):
                "--num_samples=3").stdout != one.stdout
 
 
-def test_a_full_context_is_said(folder):
+def test_a_full_context_is_said(run, folder):
     """A text that breaks off for want of room must not look like one that has ended."""
     prompt = "fox " * 14
     done = run(folder, f"--prompt={prompt}", "--max_new_tokens=200", "--temperature=0")
@@ -212,20 +227,25 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
     (["--temperature=-1"], "temperature must be 0 or above, got -1"), (["--top_p=0"], "top_p"),
     (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"),
     (["--num_samples=0"], "num_samples")])
-def test_bad_arguments_are_refused(arguments, words, folder):
-    with pytest.raises(SystemExit) as error:
-        sample.main([str(folder), *arguments])
-    assert words in str(error.value)
+def test_bad_arguments_are_refused(arguments, words, run, folder):
+    done = run(folder, *arguments)
+    assert done.returncode == 1 and words in done.stderr and not done.stdout
 
 
-def test_bad_folders_are_refused(folder, tmp_path):
+def test_samples_by_default(folder):
+    """A prompt, or no chance, asks for one text; without either, several show what was learned."""
+    count = [sample.parse_args(arguments).num_samples for arguments in (
+        [], ["--prompt=x"], ["--temperature=0"], ["--num_samples=2", "--prompt=x"])]
+    assert count == [4, 1, 1, 2]
+
+
+def test_bad_folders_are_refused(run, folder, tmp_path):
     """One sentence each, no stack trace."""
     def refused(words, change):
         shutil.copytree(folder, tmp_path / "m")
         change(tmp_path / "m")
         done = run(tmp_path / "m")
-        assert (done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
-                and not done.stdout)
+        assert done.returncode == 1 and words in done.stderr and not done.stdout
         shutil.rmtree(tmp_path / "m")
 
     refused("no tokenizer", lambda m: [(m / "tokenizer.model").unlink(),
@@ -236,7 +256,7 @@ def test_bad_folders_are_refused(folder, tmp_path):
     refused("do not belong together", lambda m: Llama(ModelConfig(
         n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=9,
         context=8)).init_weights().save_pretrained(m))
-    done = run(tmp_path / "nowhere")
+    done = start(tmp_path / "nowhere")
     assert done.returncode == 1 and "no folder" in done.stderr and "Traceback" not in done.stderr
 
 
