@@ -66,9 +66,10 @@ class ModelConfig:
         return self.d_model // self.n_head
 
     def __post_init__(self):
-        for key in "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context":
-            if getattr(self, key) < 1:
-                raise ModelError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "norm_eps",
+                    "rope_theta"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ModelError(f"{key} must be above 0, got {getattr(self, key)}")
         if self.d_model % (2 * self.n_head):
             raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
                              f"{2 * self.n_head}: each head rotates pairs of its numbers")

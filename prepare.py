@@ -84,7 +84,8 @@ def all_documents(paths, text_key):
         if not os.path.isfile(path):
             sys.exit(f"there is no file {path}")
     with tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
-              desc="reading") as bar:
+              desc="reading",
+              disable=None) as bar:
         for path in paths:
             size = os.path.getsize(path)
             if size == 0:
@@ -404,7 +405,8 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
                              if not is_validation(text, val_fraction)], vocab_size)
     origin = f"the library of Python {sys.version.split()[0]}"
     for name, texts in ("demo-prose", prose), ("demo-code", code):
-        write_source(Path(data_dir) / name, tqdm(texts, desc=name), model, val_fraction, origin)
+        bar = tqdm(texts, desc=name, disable=None)
+        write_source(Path(data_dir) / name, bar, model, val_fraction, origin)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -221,6 +221,14 @@ def test_compiled_equals_plain(run, tmp_path):
     assert names == weights(tmp_path / "out/step_00000005").keys()
 
 
+def test_weights_stay_fp32_under_bf16(run, tmp_path):
+    """Weights kept in bf16 lose every update below 1/256 of them, which late in training is all."""
+    printed = run("--stages=[{'tokens': 320, 'batch': 64, 'mixture': {'prose': 1}}]",
+                  "--dtype=bfloat16")
+    assert "bfloat16: as asked" in printed
+    assert {t.dtype for t in weights(tmp_path / "out/step_00000005").values()} == {torch.float32}
+
+
 # --------------------------------------------------------------------------------------------------
 # A run
 
@@ -328,7 +336,7 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
         run("--data=prose")
     shutil.rmtree(tmp_path / "out/step_00000035")
     printed = run("--log_every=3", "--micro_batch=1", "--keep=1")  # these change rounding at most
-    assert "micro_batch was [2, 2] before and is [1, 1] now" in printed
+    assert "micro_batch was [2, 2, 2] before and is [1, 1, 1] now" in printed
     assert records(tmp_path / "out")[-1]["step"] == STEPS
 
 
@@ -393,7 +401,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
       "--warmup_steps=1"], "prose has .* tokens, less than one window"),
     (["--vocab_size=319"], "vocab_size 319 is below that of the data, 320"),
     (["--context=24"], "batch of 64.*sequences of 24"), (["--n_head=3"], "d_model 32"),
-    (["--min_lr=0.1"], "min_lr 0.1.*learning_rate 0.01"),
+    (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1"),
+    (["--beta2=1"], "beta2"), (["--seed=-1"], "seed"), (["--learning_rate=nan"], "learning_rate"),
+    (["--rope_theta=0"], "rope_theta must be above 0, got 0.0"),
     (["--warmup_steps=40"], "warmup_steps 40"), (["--learning_rte=1"], "nearest: learning_rate"),
     (["--micro_batch=0"], "micro_batch must be above 0"),
     (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"),

@@ -51,7 +51,7 @@ class TrainConfig(ModelConfig):
     seed: int = 3407                             # of the initial weights and the order of the data
     # optimization
     learning_rate: float = 4e-4                  # reached after the warm-up
-    min_lr: float = 4e-5                         # that of the last step
+    min_lr: float = 4e-5                         # that of the last step, below learning_rate
     warmup_steps: int = 2000                     # counted in batches of the first stage
     weight_decay: float = 0.1                    # of every parameter, as the original's
     beta1: float = 0.9
@@ -74,11 +74,13 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         for key in ("micro_batch", "log_every", "eval_every", "eval_tokens", "save_every",
                     "learning_rate", "grad_clip"):
-            if not getattr(self, key) > 0:
+            if not 0 < getattr(self, key) < math.inf:
                 sys.exit(f"{key} must be above 0, got {getattr(self, key)}")
-        if not 0 <= self.min_lr < self.learning_rate:
-            sys.exit(f"min_lr {self.min_lr} must be at least 0 and below "
-                     f"learning_rate {self.learning_rate}")
+        for key, limit in (("min_lr", self.learning_rate), ("beta1", 1), ("beta2", 1),
+                           ("weight_decay", math.inf), ("warmup_steps", math.inf),
+                           ("keep", math.inf), ("keep_every", math.inf), ("seed", 2 ** 63)):
+            if not 0 <= getattr(self, key) < limit:
+                sys.exit(f"{key} must be at least 0 and below {limit}, got {getattr(self, key)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             sys.exit(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
 
@@ -301,6 +303,10 @@ def checkpoints(out_dir):
     return dict(sorted(found.items()))
 
 
+def newest(out_dir):
+    return next(reversed(checkpoints(out_dir).values()), None)
+
+
 def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
     ModelError."""
@@ -460,13 +466,41 @@ def commit():
         return None
 
 
+def describe(cfg, stages, train, device, dtype, compiled):
+    """What state.json records of a run: its recipe, its data, and what decides its rounding."""
+    micro = [split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages]
+    return {
+        "recipe": asdict(cfg),
+        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer}
+                    for name, source in train.items()},
+        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
+                "compile": compiled, "micro_batch": micro},
+        "commit": commit(),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+
+
+def announce(cfg, stages, model, card, description, why_dtype, why_compiled):
+    """Prints what was derived and decided, with the reasons, before anything is computed."""
+    run = description["run"]
+    flash = flash_attn_func and run["device"] == "cuda" and run["dtype"] == "bfloat16"
+    print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
+    print(f"{run['dtype']}: {why_dtype}; {'' if run['compile'] else 'not '}compiled: "
+          f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{model.flops_per_token():,} FLOPs a token")
+    for k, (stage, micro) in enumerate(zip(stages, run["micro_batch"]), 1):
+        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = "
+              f"{stage.batch // micro} x {micro} sequences of {cfg.context}; "
+              + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
+
+
 def main(argv):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
                  "start it with python")
     stop = Stop()
     cfg, stages, train, val = read_recipe(argv)
-    steps = sum(stage.steps for stage in stages)
+    steps, out_dir = sum(stage.steps for stage in stages), Path(cfg.out_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with torch.device("meta"):
         model = Llama(cfg)
@@ -474,61 +508,39 @@ def main(argv):
     dtype, why_dtype = choose_dtype(cfg, device)
     compiled, why_compiled = choose_compile(cfg, device,
                                             flops * tokens_after(stages, steps, cfg.context))
-    micro = {stage.batch: split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages}
-    description = {
-        "recipe": asdict(cfg),
-        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer}
-                    for name, source in train.items()},
-        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
-                "compile": compiled, "micro_batch": list(micro.values())},
-        "commit": commit(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-    out_dir = Path(cfg.out_dir)
-    first, newest = find_checkpoint(out_dir, description)
+    description = describe(cfg, stages, train, device, dtype, compiled)
+    first, path = find_checkpoint(out_dir, description)
     if first == steps:
-        print(f"{newest} is the end of this run, all {steps} steps are done: "
-              f"python sample.py {newest}")
+        print(f"{path} is the end of this run, all {steps} steps are done: python sample.py {path}")
         return
-
     card = (torch.cuda.get_device_name() if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads")
-    flash = flash_attn_func and device.type == "cuda" and dtype == torch.bfloat16
-    print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
-    print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
-          f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs a token")
-    for k, stage in enumerate(stages, 1):
-        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = "
-              f"{stage.batch // micro[stage.batch]} x {micro[stage.batch]} sequences "
-              f"of {cfg.context}; "
-              + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
+    announce(cfg, stages, model, card, description, why_dtype, why_compiled)
     for name in train.keys() - val.keys():
         print(f"{name} has no validation part of a whole window: it trains without one")
 
     torch.manual_seed(cfg.seed)
     model = parallelize(model, device, compiled).init_weights()
     optimizer = build_optimizer(model, cfg)
-    if newest:
-        print(f"continuing from {newest}")
-        resume(newest, model, optimizer)
+    if path:
+        print(f"continuing from {path}")
+        resume(path, model, optimizer)
     out_dir.mkdir(parents=True, exist_ok=True)
     for half in out_dir.glob("step_*.tmp"):
         shutil.rmtree(half)
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
     metrics = Metrics(out_dir / "metrics.jsonl", first, peak and peak / flops)
-    last, newest = loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest,
-                        description, metrics, stop)
+    last = loop(cfg, stages, train, val, model, optimizer, dtype, first, description, metrics, stop)
     if last == steps:
-        print(f"{newest} is the end of the run")
+        print(f"{newest(out_dir)} is the end of the run")
+    elif newest(out_dir):
+        print(f"stopped after step {last}; the same command continues from {newest(out_dir)}")
     else:
-        print(f"stopped after step {last}; "
-              + (f"the same command continues from {newest}" if newest else "nothing to save yet"))
+        print("stopped before the first step; the same command starts again")
 
 
-def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest, description,
-         metrics, stop):
-    """The steps from `first` on, until the last or a wish to stop. (steps done, newest
-    checkpoint)."""
+def loop(cfg, stages, train, val, model, optimizer, dtype, first, description, metrics, stop):
+    """The steps from `first` on, until the last or a wish to stop. Returns how many are done."""
     device = model.embed.weight.device
     windows = {name: source.windows for name, source in train.items()}
     ends = np.cumsum([stage.steps for stage in stages]).tolist()
@@ -536,7 +548,7 @@ def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest,
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
     line = {}
     with tqdm(total=total, initial=tokens_after(stages, first, cfg.context), unit="tok",
-              unit_scale=True) as bar:
+              unit_scale=True, disable=None) as bar:
         for step in range(first, steps + 1):  # one turn more, to evaluate and save the last step
             seen, new = tokens_after(stages, step, cfg.context), step > first
             if val and (new or step == 0) and (step % cfg.eval_every == 0 or step in ends):
@@ -545,20 +557,20 @@ def loop(cfg, stages, train, val, model, optimizer, micro, dtype, first, newest,
                 metrics.write({"step": step, "tokens": seen} | line, memory_used(device))
                 bar.write(in_words(metrics.last, steps), file=sys.stdout)
             if new and (step % cfg.save_every == 0 or step in ends or stop):
-                newest = save(step, model, optimizer, cfg, description | {"tokens": seen}, train)
+                save(step, model, optimizer, cfg, description | {"tokens": seen}, train)
                 delete_old(cfg, ends)
             if step == steps or stop:
-                return step, newest
+                return step
             start = time.perf_counter()
             rows = sequences(stages, windows, cfg.seed, step)
             x, y = read_batch(train, rows, device)
             lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
-            loss, norm = train_step(model, optimizer, x, y, lr, micro[len(rows)], dtype,
-                                    cfg.grad_clip)
+            micro, _ = split_batch(len(rows), 1, cfg.micro_batch)
+            loss, norm = train_step(model, optimizer, x, y, lr, micro, dtype, cfg.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 sys.exit(f"step {step + 1} is not finite: loss {loss}, "
                          f"norm of the gradient {norm}; stopped before the weights moved. "
-                         f"Last good checkpoint: {newest or 'none yet'}. "
+                         f"Last good checkpoint: {newest(Path(cfg.out_dir)) or 'none yet'}. "
                          "A smaller --learning_rate or more --warmup_steps may help")
             line = {"loss": loss, "lr": lr, "grad_norm": norm}
             metrics.took(x.numel(), time.perf_counter() - start)
