@@ -102,8 +102,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     V = logits.shape[-1]
-    values, ids = (logits.float() / temperature).topk(min(top_k or V, V))         # likeliest first
-    p = values.softmax(-1)
+    values, ids = logits.float().topk(min(top_k or V, V))                         # likeliest first
+    p = ((values - values[..., :1]) / temperature).softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0        # those before it hold enough already
     return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
@@ -176,7 +176,8 @@ def parse_args(argv):
                                ("num_samples", args.num_samples > 0, "above 0"),
                                ("temperature", args.temperature >= 0, "0 or above"),
                                ("top_k", args.top_k >= 0, "0 or above"),
-                               ("top_p", 0 < args.top_p <= 1, "in (0, 1]")):
+                               ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+                               ("seed", 0 <= args.seed < 2 ** 63, "0 or above, below 2^63")):
         if not fine:
             sys.exit(f"--{name} must be {wanted}, got {getattr(args, name)}")
     return args
@@ -195,7 +196,8 @@ def main(argv):
           f"{model.embed.weight.dtype}, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def pick(logits):
+    def pick(logits):               # a vocabulary may be padded; what follows the pieces is no text
+        logits = logits[:, :tokenizer.size]
         return choose(logits, args.temperature, args.top_k, args.top_p, generator)
 
     # the first sample appears as it is generated, beside which the others wait for their turn

@@ -145,10 +145,21 @@ def test_choose_is_the_distribution_it_says():
             (dict(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9),
             (dict(top_p=0.3), torch.tensor([1.0, 0, 0, 0])),
             (dict(top_k=3, top_p=0.7), torch.tensor([4 / 7, 3 / 7, 0, 0])),
-            (dict(temperature=0), torch.tensor([1.0, 0, 0, 0]))]:
+            (dict(temperature=0), torch.tensor([1.0, 0, 0, 0])),
+            (dict(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))]:
         got = frequencies(**options)
         assert (got - expected).abs().max() < 0.012, (options, got)  # five sigmas of 40,000 draws
         assert (got[expected == 0] == 0).all()
+
+
+def test_a_padded_vocabulary_is_never_spoken(run, folder, tmp_path):
+    """Vocabularies are padded to round sizes; the rows behind the last piece decode to an error."""
+    shutil.copytree(folder, tmp_path / "m")
+    config = ModelConfig(n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=4000,
+                         context=32)
+    Llama(config).init_weights().save_pretrained(tmp_path / "m")
+    done = run(tmp_path / "m", "--prompt=a", "--top_k=0", "--temperature=9")
+    assert done.returncode == 0 and done.stdout
 
 
 def test_streamed_text_is_the_whole_text(folder):
