@@ -20,6 +20,9 @@ def load(argv, cls):
     sentence at the first mistake."""
     kinds, found = typing.get_type_hints(cls), {}
     for arg in argv:
+        if arg in ("-h", "--help"):
+            sys.exit("recipe files, then --key=value; the keys and what they are without:\n"
+                     + "\n".join(f"  --{key}={value!r}" for key, value in vars(cls()).items()))
         for key, value in (option(arg, kinds) if arg.startswith("--") else recipe(arg)).items():
             if key not in kinds:
                 near = get_close_matches(key, kinds, cutoff=0.5)
@@ -35,6 +38,8 @@ def option(arg, kinds):
     is True."""
     key, equals, text = arg[2:].partition("=")
     if not equals:
+        if key in kinds and bool not in (kinds[key], *typing.get_args(kinds[key])):
+            sys.exit(f"{arg} needs a value: {arg}=...")
         return {key: True}
     if kinds.get(key) is str:
         return {key: text}

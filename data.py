@@ -156,7 +156,7 @@ class Source:
     def read_info(folder, split, total):
         try:
             info = json.loads((folder / "source.json").read_text("utf-8"))[split]
-            counted = info["tokens"]
+            counted, _, _ = info["tokens"], info["documents"], info["bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): "
                             "prepare the source again") from None
@@ -172,6 +172,9 @@ class Source:
             raise DataError(f"{folder / 'tokenizer.model'} cannot be read ({error}): "
                             "prepare the source again") from None
         for path, header in zip(self.files, headers):
+            if Header(**vars(header) | {"tokens": self.header.tokens}) != self.header:
+                raise DataError(f"{path} and {self.files[0]} differ in vocabulary, BOS, EOS or "
+                                "tokenizer: prepare the source again")
             if header.tokenizer != beside:
                 raise DataError(f"{path} was written with another tokenizer "
                                 f"({header.tokenizer[:12]}) than the one beside it "
@@ -237,14 +240,14 @@ def parse_stages(stages, context):
         if batch % context:
             raise DataError(f"stage {k}: a batch of {batch} tokens is no whole number of sequences "
                             f"of {context}; the next that is: {-(-batch // context) * context}")
-        if ramp > tokens or (ramp and k == 1):
+        if not 0 <= ramp <= tokens or (ramp and k == 1):
             raise DataError(f"stage {k} has a ramp of {ramp} tokens: it may be as long as the "
                             f"stage, {tokens}, and the first stage has none")
         shares = stage["mixture"].values()
-        if (not all(isinstance(s, (int, float)) and 0 <= s < float("inf") for s in shares)
-                or not sum(shares)):
-            raise DataError(f"stage {k}: the shares {stage['mixture']} must be numbers, "
-                            "none negative, not all zero")
+        if (not all(type(s) in (int, float) and 0 <= s < float("inf") for s in shares)
+                or not all(type(name) is str for name in stage["mixture"]) or not sum(shares)):
+            raise DataError(f"stage {k}: the mixture {stage['mixture']} must give each name of a "
+                            "source a number, none negative, not all zero")
         exact = {name: Fraction(str(share)) for name, share in stage["mixture"].items()}
         shares = {name: share / sum(exact.values()) for name, share in exact.items()}
         before = parsed[-1].shares if ramp else shares

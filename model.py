@@ -256,9 +256,9 @@ class Llama(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """The initial values of every parameter, those of the original's code (lit_gpt/model.py at
-        bf12224, line 40): N(0, 2 / 5C) for matrices, N(0, 1 / √C / n_layer) for the two that write
-        to the residual stream, 1 for norms. After building on the meta device and `to_empty` this
-        is all that is needed."""
+        bf12224, line 40): normal, with a standard deviation of √(2 / 5C) for matrices and of
+        1 / (√C n_layer) for the two that write to the residual stream; 1 for norms. After building
+        on the meta device and `to_empty` this is all that is needed."""
         C = self.config.d_model
         for name, p in self.named_parameters():
             if p.ndim == 1:
@@ -396,6 +396,8 @@ def config_from_hf(hf):
     """The ModelConfig of a config.json (a dict). Raises ModelError naming each setting that this
     model cannot honour."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}          # transformers 5 | 4
+    if not isinstance(rope, dict):
+        raise ModelError(f"config.json: the rope settings must be an object, got {rope!r}")
     heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
     can = {"model_type": (hf.get("model_type"), "llama"),
            "architectures": (hf.get("architectures") or ["LlamaForCausalLM"], ["LlamaForCausalLM"]),
@@ -406,7 +408,7 @@ def config_from_hf(hf):
            "attention_bias": (hf.get("attention_bias", False), False),
            "mlp_bias": (hf.get("mlp_bias", False), False),
            "quantization_config": (hf.get("quantization_config"), None)}
-    if heads and width:
+    if type(heads) is type(width) is int and heads:
         can["head_dim"] = (hf.get("head_dim") or width // heads, width // heads)
     refused = [f"{key} = {value!r} (only {only!r})" for key, (value, only) in can.items()
                if value != only]
@@ -419,14 +421,22 @@ def config_from_hf(hf):
     lacking = [theirs for theirs in HF_CONFIG.values() if found.get(theirs) is None]
     if lacking:
         raise ModelError(f"config.json lacks {', '.join(lacking)}")
+    for ours, theirs in HF_CONFIG.items():
+        kind, value = type(getattr(ModelConfig, ours)), found[theirs]
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            raise ModelError(f"config.json: {theirs} must be {kind.__name__}, got {value!r}")
     return ModelConfig(**{ours: found[theirs] for ours, theirs in HF_CONFIG.items()})
 
 
 def safetensors_files(folder):
     """The files that hold a folder's weights: those its index names, or the only one."""
     index = folder / "model.safetensors.index.json"
-    names = (set(read_json(index)["weight_map"].values()) if index.exists()
-             else {"model.safetensors"})
+    weight_map = {"all": "model.safetensors"}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map")
+    names = set(weight_map.values())
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
     if absent:
         raise ModelError(f"{folder} has no {', '.join(absent)} "
@@ -437,7 +447,10 @@ def safetensors_files(folder):
 def read_json(path):
     """The object in a JSON file; ModelError names a file that is missing or damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
+        if isinstance(found, dict):
+            return found
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no {path.name}" if path.parent.is_dir()
                          else f"there is no folder {path.parent}") from None

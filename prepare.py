@@ -67,13 +67,15 @@ def decode(raw, where):
 def row_text(line, text_key, where):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         sys.exit(f"{where} is not JSON: {error}")
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        sys.exit(f"{where} has no text under {text_key!r} (it has {have}): "
-                 "name the key with --text_key=KEY")
-    return row[text_key]
+    if not isinstance(row, dict) or text_key not in row:
+        have = f"the keys {list(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        sys.exit(f"{where} has no {text_key!r}, it is {have}: name the key with --text_key=KEY")
+    text = row[text_key]
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+        sys.exit(f"{where}: {text_key!r} is no text that UTF-8 can write: {text!r:.80}")
+    return text
 
 
 def all_documents(paths, text_key):
@@ -113,6 +115,11 @@ def train_tokenizer(texts, vocab_size):
             for line in text.split("\n"):
                 yield from (line[i:i + 4000] for i in range(0, len(line), 4000))
 
+    if not any(lines()):
+        sys.exit("there is nothing but newlines to train a tokenizer on")
+    if vocab_size < 260:
+        sys.exit(f"--vocab_size={vocab_size} is too small: 256 bytes and 3 special tokens, and one "
+                 "character at least, need 260")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -120,7 +127,7 @@ def train_tokenizer(texts, vocab_size):
             byte_fallback=True, split_digits=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             max_sentence_length=1 << 20, minloglevel=2)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         numbers = [int(word.strip(".")) for word in str(error).split() if word.strip(".").isdigit()]
         if "too high" in str(error):
             sys.exit(f"--vocab_size={vocab_size} is more than this text can fill: "
@@ -449,6 +456,9 @@ def main(argv):
         demo(args.data_dir, args.vocab_size)
     elif args.command == "inspect":
         inspect_source(args.source)
+    elif not Path(args.out).name:
+        sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
+                 "a folder for a source")
     elif os.path.exists(args.out):
         sys.exit(f"{args.out} exists already: remove it first, or choose another --out")
     elif args.command == "tokenizer":
@@ -469,5 +479,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -27,7 +27,7 @@ from model import KVCache, Llama, ModelError, read_json
 def find_model(name):
     """The folder of a checkpoint: a path, the newest in a run's folder, or a hub name; None is the
     newest under out/."""
-    found = glob.glob(f"{glob.escape(name) if name else 'out/*'}/step_*/training/state.json")
+    found = glob.glob(f"{glob.escape(name) if name else 'out/*'}/step_*[0-9]/training/state.json")
     if found:
         return Path(max(found, key=os.path.getmtime)).parent.parent
     if name is None:
@@ -89,6 +89,9 @@ def load_model(folder):
     if tokenizer.size > model.config.vocab_size:
         sys.exit(f"the tokenizer of {folder} has {tokenizer.size} tokens and its model "
                  f"{model.config.vocab_size}: they do not belong together")
+    if not isinstance(tokenizer.bos_id, int) or not 0 <= tokenizer.bos_id < tokenizer.size:
+        sys.exit(f"config.json of {folder} has bos_token_id {tokenizer.bos_id}: a text begins with "
+                 f"it, so it must be one of the {tokenizer.size} tokens")
     return model, tokenizer
 
 
@@ -104,7 +107,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     V = logits.shape[-1]
     values, ids = logits.float().topk(min(top_k or V, V))                         # likeliest first
     p = ((values - values[..., :1]) / temperature).softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0        # those before it hold enough already
+    p[..., 1:][(p.cumsum(-1) - p)[..., 1:] >= top_p] = 0    # those before it hold enough already
     return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
 
@@ -187,6 +190,8 @@ def main(argv):
     args = parse_args(argv)
     folder = find_model(args.checkpoint)
     model, tokenizer = load_model(folder)
+    if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        sys.exit(f"the prompt is not UTF-8: {args.prompt!r:.80}")
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     if len(prompt) >= model.config.context:
         sys.exit(f"the prompt has {len(prompt)} tokens, "

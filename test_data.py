@@ -263,17 +263,22 @@ def test_stages_of_the_paper():
     ({"batch": 100}, "batch of 100 tokens.*of 8.*104"), ({"tokens": 0}, "0 tokens"),
     ({"tokens": 2.5}, "2.5"), ({"batch": -8}, "-8"), ({"mixture": {"a": -1}}, "-1"),
     ({"mixture": {"a": 0}}, "not all zero"), ({"mixture": {}}, "not all zero"),
-    ({"mixture": {"a": "x"}}, "numbers"), ({"mixture": {"a": float("nan")}}, "nan"),
+    ({"mixture": {"a": "x"}}, "a number"), ({"mixture": {"a": True}}, "a number"),
+    ({"mixture": {3: 1}}, "a number"), ({"mixture": {"a": float("nan")}}, "nan"),
     ({"mixture": "a"}, "dict"), ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"),
     ({"tokens": None}, "None"), ({"tokens": float("inf")}, "inf")])
 def test_bad_stages_are_refused(change, words):
+    """Each would train on something, and not on what was meant."""
     with pytest.raises(DataError, match=words):
         parse_stages([{"tokens": 800, "batch": 80, "mixture": {"a": 1}} | change], 8)
 
 
 def test_a_ramp_longer_than_its_stage_is_refused():
+    """It would end nowhere; and a negative one turned counts negative."""
     stage = {"tokens": 800, "batch": 80, "mixture": {"a": 1}}
     with pytest.raises(DataError, match="ramp of 801.*800"):
         parse_stages([stage, stage | {"ramp": 801}], 8)
+    with pytest.raises(DataError, match="ramp of -80"):
+        parse_stages([stage, stage | {"ramp": -80}], 8)
     with pytest.raises(DataError, match="no stages"):
         parse_stages([], 8)

@@ -168,7 +168,10 @@ def test_both_spellings_of_rope(tmp_path):
     ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     ({"head_dim": 16}, "head_dim"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": None}, "hidden_size"), ({"vocab_size": 98}, "97, 48"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"hidden_size": "48"}, "hidden_size must be int"), ({"num_hidden_layers": 2.5}, "must be int"),
+    ({"rope_parameters": [1]}, "rope settings"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+    ({"vocab_size": 98}, "97, 48"),
     ({"num_hidden_layers": 4}, "layers.3"), ({"num_hidden_layers": 2}, "layers.2")])
 def test_what_we_cannot_honour_is_refused_by_name(change, word, tmp_path):
     """A setting that is ignored gives a model that runs and is wrong."""
@@ -353,6 +356,7 @@ def test_a_full_cache_says_so():
 # Training
 
 def test_loss_is_the_cross_entropy_of_the_logits():
+    """Targets moved by one, or a sum for a mean, still make a loss that falls."""
     model, x, y = tiny(), tokens(), tokens(seed=2)
     picked = model(x).log_softmax(-1).gather(-1, y[..., None])
     assert abs(model(x, y) + picked.mean()) < 1e-4

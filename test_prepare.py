@@ -96,7 +96,7 @@ def test_another_kind_of_tokenizer_gets_no_tokenizer_json(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("vocab_size, words", [
-    (5000, "more than this text can fill: at most"), (100, "too small.*need")])
+    (5000, "more than this text can fill: at most"), (262, "too small.*need")])
 def test_impossible_vocabularies_are_refused(vocab_size, words, tmp_path):
     """SentencePiece answers with a line of its C++; the number that would work is in it."""
     files = write_files(tmp_path, a_txt=TEXT)
@@ -111,6 +111,14 @@ def test_impossible_vocabularies_are_refused(vocab_size, words, tmp_path):
     with pytest.raises(SystemExit, match="exists already"):
         prepare.main(["tokenizer", *files, f"--vocab_size={limit}",
                       f"--out={tmp_path / 'my.model'}"])
+    for size in -1, 0, 259:
+        with pytest.raises(SystemExit, match=f"{size} is too small: .* need 260"):
+            prepare.main(["tokenizer", *files, f"--vocab_size={size}", f"--out={tmp_path / 'x'}"])
+    (tmp_path / "a.txt").write_text("\n\n")
+    with pytest.raises(SystemExit, match="nothing but newlines"):
+        prepare.main(["tokenizer", *files, f"--out={tmp_path / 'x'}"])
+    with pytest.raises(SystemExit, match="names nothing"):
+        prepare.main(["tokenizer", *files, "--out="])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,6 +153,7 @@ def test_documents_in_are_documents_out(folder, tmp_path):
 
 
 def test_inspect_prints_what_is_there(folder, tmp_path, capsys):
+    """Who cannot look at the tokens finds out after training what they were."""
     files = write_files(tmp_path, a_txt="Hello there. General greeting.", b_txt="The last words")
     prepare.main(["tokenize", *files, f"--tokenizer={folder / 'tokenizer.model'}",
                   f"--out={tmp_path / 'my'}", "--val_fraction=0"])
@@ -162,9 +171,11 @@ def test_inspect_prints_what_is_there(folder, tmp_path, capsys):
     ("a_jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2 is not UTF-8"),
     ("a_jsonl", b'{"text": "x"}\n{"te', ":2 is not JSON"),
     ("a_jsonl", b'{"content": "x"}\n', "--text_key"),
-    ("a_jsonl", b'{"text": 7}\n', "no text under 'text'"),
-    ("a_jsonl", b'[1]\n', "no text under 'text'"), ("a_jsonl", b'{"text": ""}\n\n', "no text in"),
-    ("a_csv", b"x", "only .txt"), ("a_txt", None, "no file")])
+    ("a_jsonl", b'{"text": 7}\n', "'text' is no text"),
+    ("a_jsonl", b'[1]\n', "no 'text', it is a list"),
+    ("a_jsonl", b'{"text": "\\ud800"}\n', "no text that UTF-8"),
+    ("a_jsonl", b'{"text": ""}\n\n', "no text in"), ("a_csv", b"x", "only .txt"),
+    ("a_txt", None, "no file")])
 def test_bad_input_is_refused_whole(name, content, words, folder, tmp_path):
     """One sentence with the place and the fix, and no folder that looks like a source."""
     files = write_files(tmp_path, good_txt="fine", **{name: content or b""})
@@ -180,6 +191,7 @@ def test_bad_input_is_refused_whole(name, content, words, folder, tmp_path):
 
 
 def test_bad_arguments_are_refused(folder, tmp_path):
+    """A refusal after the work, or with half of it left behind, is worse than none."""
     files = write_files(tmp_path, a_txt="some text", bad_model=b"not a model")
     good = f"--tokenizer={folder / 'tokenizer.model'}"
     for arguments, words in [(["--tokenizer=nowhere.model"], "no tokenizer nowhere.model"),

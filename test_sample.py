@@ -143,6 +143,7 @@ def test_choose_is_the_distribution_it_says():
             (dict(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0])), (dict(top_k=9), p),
             (dict(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0])),
             (dict(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9),
+            (dict(top_p=1e-300), torch.tensor([1.0, 0, 0, 0])),
             (dict(top_p=0.3), torch.tensor([1.0, 0, 0, 0])),
             (dict(top_k=3, top_p=0.7), torch.tensor([4 / 7, 3 / 7, 0, 0])),
             (dict(temperature=0), torch.tensor([1.0, 0, 0, 0])),
@@ -221,6 +222,7 @@ def test_several_ends_are_honoured(folder, tmp_path):
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
+    """Sampling from last week's run, or from half a save, shows the wrong model."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no checkpoint under out/"):
         find_model(None)
@@ -229,6 +231,9 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
         state.parent.mkdir(parents=True)
         state.write_text("{}")
         os.utime(state, (1000 - age, 1000 - age))
+    assert find_model(None) == Path("out/a/step_00000009")
+    (tmp_path / "out/c/step_00000099.tmp/training").mkdir(parents=True)     # a save cut short
+    (tmp_path / "out/c/step_00000099.tmp/training/state.json").write_text("{}")
     assert find_model(None) == Path("out/a/step_00000009")
     assert find_model("out/b") == Path("out/b/step_00000003")       # the folder of a run is enough
 
@@ -239,6 +244,7 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
     (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"),
     (["--num_samples=0"], "num_samples")])
 def test_bad_arguments_are_refused(arguments, words, run, folder):
+    """A negative temperature would prefer the least likely token, without a word."""
     done = run(folder, *arguments)
     assert done.returncode == 1 and words in done.stderr and not done.stdout
 
@@ -262,6 +268,9 @@ def test_bad_folders_are_refused(run, folder, tmp_path):
     refused("no tokenizer", lambda m: [(m / "tokenizer.model").unlink(),
                                        (m / "tokenizer.json").unlink()])
     refused("tokenizer of", lambda m: (m / "tokenizer.model").write_bytes(b"x"))
+    refused("bos_token_id None", lambda m: (m / "generation_config.json").write_text(
+        '{"bos_token_id": null}'))
+    refused("generation_config.json", lambda m: (m / "generation_config.json").write_text("3"))
     refused("model.safetensors", lambda m: (m / "model.safetensors").write_bytes(
         (m / "model.safetensors").read_bytes()[:-9]))
     refused("do not belong together", lambda m: Llama(ModelConfig(

@@ -120,6 +120,7 @@ def test_accumulation_is_derived(batch, ranks, limit, expected):
 
 
 def test_a_batch_the_ranks_cannot_divide_is_refused():
+    """Ranks with unequal shares would weigh sequences differently."""
     with pytest.raises(SystemExit, match="batch of 896.*among 60 processes; nearest: 56 and 64"):
         split_batch(896, 60, 16)
     with pytest.raises(SystemExit, match="batch of 3.*among 4 processes; nearest: 3"):
@@ -127,6 +128,10 @@ def test_a_batch_the_ranks_cannot_divide_is_refused():
 
 
 def test_mixtures_from_the_command_line():
+    """A name given twice would keep one share and lose the other."""
+    for text in ",", "a:1,a:2", ":3":
+        with pytest.raises(SystemExit, match="leaves out a name, or gives"):
+            mixture_of(text)
     assert mixture_of("my") == {"my": 1} and mixture_of("a:0.7,b:0.3") == {"a": 0.7, "b": 0.3}
     with pytest.raises(SystemExit, match="'x' is no number"):
         mixture_of("a:x")
@@ -267,6 +272,7 @@ def test_a_run_writes_what_it_should(finished):
 
 
 def test_bits_per_byte_are_nats_times_tokens_over_bytes(finished, world):
+    """Per token for per byte would make a larger vocabulary look worse."""
     info = json.loads((world / "data/prose/source.json").read_text())["val"]
     last = records(finished)[-1]
     assert last["bits_per_byte"]["prose"] == pytest.approx(
@@ -290,6 +296,7 @@ def test_a_checkpoint_opens_with_transformers(finished):
 
 
 def test_a_finished_run_says_so(finished, world):
+    """Given again, the command must neither train on nor start over."""
     before = (finished / "metrics.jsonl").read_bytes()
     again = start(world, finished)
     assert again.wait(60) == 0 and "is the end of this run" in again.stdout.read()
@@ -350,6 +357,7 @@ def test_damaged_checkpoints_are_named(run, finished, tmp_path):
              "other content"),
             ("training/state.json", lambda b: b[:50], "state.json cannot be read"),
             ("model.safetensors", None, "lacks model.safetensors"),
+            ("training/state.json", lambda b: b"{}", "lacks what save wrote"),
             ("training/state.json", None, "state.json")]:
         shutil.copytree(finished, out)
         file = out / "step_00000035" / name
@@ -361,6 +369,7 @@ def test_damaged_checkpoints_are_named(run, finished, tmp_path):
 
 
 def test_milestones_are_kept(run, tmp_path):
+    """Housekeeping that deletes one checkpoint too many cannot be undone."""
     run("--keep=1", "--keep_every=8")
     assert list(checkpoints(tmp_path / "out")) == [8, 10, 16, 24, 30, 32, 35]
 
@@ -385,6 +394,7 @@ def test_a_failed_save_leaves_nothing_behind(run, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    """A run that goes on with NaN wastes days and its own checkpoints."""
     with pytest.raises(SystemExit, match=r"step 2 is not finite: .*nan.*"
                                          r"Last good checkpoint: none yet"):
         run("--learning_rate=1e30", "--save_every=100")
@@ -402,13 +412,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     (["--vocab_size=319"], "vocab_size 319 is below that of the data, 320"),
     (["--context=24"], "batch of 64.*sequences of 24"), (["--n_head=3"], "d_model 32"),
     (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1"),
-    (["--beta2=1"], "beta2"), (["--seed=-1"], "seed"), (["--learning_rate=nan"], "learning_rate"),
+    (["--beta2=1"], "beta2"), (["--keep=-1"], "keep"), (["--stages=[1]", "--data=prose"], "stage 1"),
+    (["--seed=-1"], "seed"), (["--learning_rate=nan"], "learning_rate"),
     (["--rope_theta=0"], "rope_theta must be above 0, got 0.0"),
     (["--warmup_steps=40"], "warmup_steps 40"), (["--learning_rte=1"], "nearest: learning_rate"),
     (["--micro_batch=0"], "micro_batch must be above 0"),
     (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"),
     (["--data=prose:0"], "not all zero")])
 def test_bad_recipes_are_refused(options, words, run, tmp_path):
+    """Found after an hour of allocation and loading, a typo is expensive."""
     with pytest.raises((SystemExit, DataError, ModelError), match=f"(?s){words}") as error:
         run(*options)
     assert len(str(error.value).splitlines()) <= 2 and not (tmp_path / "out").exists()
@@ -423,6 +435,7 @@ def test_a_refusal_is_no_stack_trace(world, tmp_path):
 
 
 def test_sources_of_two_tokenizers_are_refused(run, world):
+    """The same id would mean two pieces, and the loss would fall all the same."""
     write_source(world / "data/other", ["some other text " * 40],
                  train_tokenizer([TEXT], 310), 0, "a test")
     with pytest.raises(SystemExit, match="other and prose were written with different tokenizers"):
@@ -430,6 +443,7 @@ def test_sources_of_two_tokenizers_are_refused(run, world):
 
 
 def test_a_source_without_validation_trains(run, world, tmp_path):
+    """Small data must not crash: the original failed on an empty validation part."""
     model = (world / "data/prose/tokenizer.model").read_bytes()
     shutil.rmtree(world / "data/mine", ignore_errors=True)
     write_source(world / "data/mine", ["one long text " * 200], model, 0, "a test")

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import file_digest
 from importlib.util import find_spec
@@ -99,6 +99,8 @@ def mixture_of(text):
     for part in text.split(","):
         name, _, share = part.partition(":")
         try:
+            if not name or name in mixture:
+                sys.exit(f"--data={text} leaves out a name, or gives {name!r} twice")
             mixture[name] = float(share or 1)
         except ValueError:
             sys.exit(f"--data={text}: {share!r} is no number; give NAME or NAME:SHARE,NAME:SHARE")
@@ -167,7 +169,7 @@ def choose_compile(cfg, device, flops):
     if device.type == "cpu" and flops > 1e14:
         return ((True, "a long run") if shutil.which("g++") or shutil.which("clang++")
                 else (False, "there is no C++ compiler"))
-    return False, "it would not come back" if device.type == "cpu" else f"not on {device.type}"
+    return False, "too short a run to repay it" if device.type == "cpu" else f"not on {device.type}"
 
 
 def memory_used(device):
@@ -232,15 +234,14 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
 def evaluate(model, sources, cfg, device, dtype):
     """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each
     validation part, the same windows every time, spread evenly over it. Bits per byte do not depend
-    on the tokenizer, nats per token do."""
-    losses, bits, micro = {}, {}, cfg.micro_batch
+    on the tokenizer, nats per token do; the whole part's tokens and bytes turn one to the other."""
+    losses, bits = {}, {}
     for name, source in sources.items():
         n = min(source.windows, max(1, cfg.eval_tokens // source.context))
-        n = n // micro * micro or n                     # whole micro-batches: one shape to compile
         rows = [(name, i * source.windows // n) for i in range(n)]
         total = 0.0
-        for i in range(0, n, micro):
-            x, y = read_batch(sources, rows[i:i + micro], device)
+        for i in range(0, n, cfg.micro_batch):
+            x, y = read_batch(sources, rows[i:i + cfg.micro_batch], device)
             with precision(device, dtype):
                 total += model(x, y).item() * len(x) / n
         losses[name] = total
@@ -311,6 +312,8 @@ def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
     ModelError."""
     state = read_json(path / "training/state.json")
+    if not isinstance(state, dict) or not {"files", "recipe", "sources", "run"} <= set(state):
+        raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
         file = path / name
         if not file.is_file():
@@ -335,8 +338,10 @@ def resume(path, model, optimizer):
 def delete_old(cfg, ends):
     """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of
     every keep_every steps."""
-    for step, path in list(checkpoints(Path(cfg.out_dir)).items())[:-cfg.keep or None]:
-        if cfg.keep and step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
+    if cfg.keep == 0:
+        return
+    for step, path in list(checkpoints(Path(cfg.out_dir)).items())[:-cfg.keep]:
+        if step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
             shutil.rmtree(path)
 
 
@@ -366,8 +371,13 @@ class Metrics:
     its end, is cut off."""
 
     def __init__(self, path, step, tokens_per_second_at_peak):
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and step else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept, lines = [], []
+        if path.exists() and step:
+            lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
         path.with_suffix(".tmp").write_text("".join(kept), "utf-8")
         os.replace(path.with_suffix(".tmp"), path)
         self.file, self.peak = open(path, "a", encoding="utf-8"), tokens_per_second_at_peak
@@ -399,7 +409,7 @@ def read_recipe(argv):
                  "python train.py config_demo.py")
     if not cfg.out_dir:
         cfg = replace(cfg, out_dir=f"out/{recipes[-1] if recipes else 'run'}")
-    if cfg.data:
+    if cfg.data and parse_stages(cfg.stages, cfg.context):
         stages = [{k: v for k, v in stage.items() if k != "ramp"}
                   | {"mixture": mixture_of(cfg.data)} for stage in cfg.stages]
         cfg = replace(cfg, stages=stages, data="")
@@ -472,7 +482,7 @@ def describe(cfg, stages, train, device, dtype, compiled):
     return {
         "recipe": asdict(cfg),
         "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer}
-                    for name, source in train.items()},
+                    | source.info for name, source in train.items()},
         "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
                 "compile": compiled, "micro_batch": micro},
         "commit": commit(),
@@ -593,5 +603,5 @@ def in_words(line, steps):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, OSError) as error:
         sys.exit(str(error))
