@@ -381,6 +381,19 @@ def test_one_graph_no_breaks():
     assert torch._dynamo.explain(model)(tokens(), tokens(seed=2)).graph_count == 1
 
 
+def test_all_blocks_share_one_graph():
+    """Blocks compiled one by one, each for its number, would take minutes instead of seconds, and
+    fail at the ninth."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny(n_layer=12)
+    expected = model(tokens())
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(model(tokens()), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_overfits_one_batch():
     """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has
     it."""

@@ -186,6 +186,7 @@ def memory_used(device):
 def parallelize(model, device, compiled):
     """What is put on a model from outside before its weights have memory; then the memory."""
     if compiled:          # each block, not the whole: alike, they share one graph, compiled once
+        torch._dynamo.config.recompile_limit = 64       # a graph for each size of a micro-batch
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)  # never by the order in which shapes come
     return model.to_empty(device=device)
