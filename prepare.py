@@ -43,15 +43,14 @@ def documents(path, text_key):
         sys.exit(f"{path}: "
                  "only .txt (a document a file) and .jsonl (a document a line) can be read")
     try:
-        raw = path.read_bytes() if path.suffix == ".txt" else None
-        if raw is not None:
-            yield decode(raw, path)
-        else:
-            with open(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield row_text(decode(line, f"{path}:{number}"), text_key,
-                                       f"{path}:{number}")
+        if path.suffix == ".txt":
+            yield decode(path.read_bytes(), path)
+            return
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield row_text(decode(line, where), text_key, where)
     except OSError as error:
         sys.exit(f"{path} cannot be read: {error.strerror}")
 
@@ -73,7 +72,7 @@ def row_text(line, text_key, where):
         have = f"the keys {list(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
         sys.exit(f"{where} has no {text_key!r}, it is {have}: name the key with --text_key=KEY")
     text = row[text_key]
-    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         sys.exit(f"{where}: {text_key!r} is no text that UTF-8 can write: {text!r:.80}")
     return text
 
@@ -85,20 +84,20 @@ def all_documents(paths, text_key):
     for path in paths:
         if not os.path.isfile(path):
             sys.exit(f"there is no file {path}")
-    with tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
-              desc="reading",
+    with tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, desc="reading",
               disable=None) as bar:
         for path in paths:
-            size = os.path.getsize(path)
-            if size == 0:
+            left = os.path.getsize(path)
+            if left == 0:
                 sys.exit(f"{path} is empty")
             for text in documents(path, text_key):
                 if text:
                     found = True
                     yield text
-                bar.update(min(size, len(text.encode())))
-                size -= min(size, len(text.encode()))
-            bar.update(size)
+                read = min(left, len(text.encode()))
+                bar.update(read)
+                left -= read
+            bar.update(left)
     if not found:
         sys.exit(f"no text in {', '.join(map(str, paths))}")
 

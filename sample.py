@@ -12,6 +12,7 @@ does.
 import argparse
 import glob
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -190,7 +191,7 @@ def main(argv):
     args = parse_args(argv)
     folder = find_model(args.checkpoint)
     model, tokenizer = load_model(folder)
-    if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+    if re.search("[\ud800-\udfff]", args.prompt):
         sys.exit(f"the prompt is not UTF-8: {args.prompt!r:.80}")
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     if len(prompt) >= model.config.context:
