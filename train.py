@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -281,9 +281,11 @@ def save(step, model, optimizer, cfg, state, sources):
             flush(file)
         temporary.rename(path)
         flush(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"{path} could not be saved: {error}. The checkpoints before it are whole; "
+                 "the same command continues from the newest")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)         # renamed by now, unless it failed
     return path
 
 
