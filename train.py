@@ -257,8 +257,7 @@ TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
 def save(step, model, optimizer, cfg, state, sources):
-    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed. Returns
-    its path."""
+    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed."""
     path = Path(cfg.out_dir) / f"step_{step:08d}"
     temporary = path.with_suffix(".tmp")
     name, source = next(iter(sources.items()))                      # all have the same tokenizer
@@ -286,7 +285,6 @@ def save(step, model, optimizer, cfg, state, sources):
                  "the same command continues from the newest")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)         # renamed by now, unless it failed
-    return path
 
 
 def digest(path):
@@ -315,7 +313,7 @@ def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
     ModelError."""
     state = read_json(path / "training/state.json")
-    if not isinstance(state, dict) or not {"files", "recipe", "sources", "run"} <= set(state):
+    if not {"files", "recipe", "sources", "run"} <= set(state):
         raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
         file = path / name
@@ -412,11 +410,12 @@ def read_recipe(argv):
                  "python train.py config_demo.py")
     if not cfg.out_dir:
         cfg = replace(cfg, out_dir=f"out/{recipes[-1] if recipes else 'run'}")
-    if cfg.data and parse_stages(cfg.stages, cfg.context):
-        stages = [{k: v for k, v in stage.items() if k != "ramp"}
-                  | {"mixture": mixture_of(cfg.data)} for stage in cfg.stages]
-        cfg = replace(cfg, stages=stages, data="")
     stages = parse_stages(cfg.stages, cfg.context)
+    if cfg.data:
+        cfg = replace(cfg, data="", stages=[
+            {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": mixture_of(cfg.data)}
+            for stage in cfg.stages])
+        stages = parse_stages(cfg.stages, cfg.context)
     names = sorted({name for stage in stages for name in stage.names})
     train = {name: Source(Path(cfg.data_dir) / name, "train", cfg.context) for name in names}
     val = {name: Source(Path(cfg.data_dir) / name, "val", cfg.context) for name in names}
@@ -432,10 +431,9 @@ def read_recipe(argv):
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
         sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, {vocab_size}: "
                  "leave it out, or tokenize with another")
-    warmup, total = cfg.warmup_steps, sum(stage.steps for stage in stages)
-    if not 0 <= warmup * stages[0].batch < sum(stage.steps * stage.batch for stage in stages):
-        sys.exit(f"warmup_steps {warmup} must be at least 0 and end before the run does, "
-                 f"which has {total} steps")
+    if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
+        sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does, which has "
+                 f"{sum(stage.steps for stage in stages)} steps")
     return (replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train,
             {n: s for n, s in val.items() if s.windows})
 
