@@ -153,7 +153,12 @@ def test_shuffled_looks_uniform():
 
 def random_recipe(rng):
     """1 to 4 stages over 1 to 6 sources, shares from and to zero, ramps, and small sources that
-    have many epochs."""
+    have many epochs: (stages, {source: windows})."""
+    stages, context, windows = random_stages(rng)
+    return parse_stages(stages, context), windows
+
+
+def random_stages(rng):
     T = rng.choice([4, 8])
     pool = [f"s{k}" for k in range(rng.randint(1, 6))]
     stages = []
@@ -166,8 +171,7 @@ def random_recipe(rng):
         stages.append({"tokens": tokens, "batch": batch, "mixture": mixture})
         if k and rng.random() < 0.7:
             stages[-1]["ramp"] = rng.randint(1, tokens)
-    windows = {name: rng.choice([1, 2, 7, 50, 1000]) for name in pool}
-    return parse_stages(stages, T), windows
+    return stages, T, {name: rng.choice([1, 2, 7, 50, 1000]) for name in pool}
 
 
 def share_after(stage, name, n):

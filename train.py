@@ -9,7 +9,12 @@ is derived:
 
 There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or
 by force, goes on from its newest checkpoint when the same command is given again, and ends with the
-weights it would have had.
+weights it would have had. And a run may fork: another recipe takes over at the end of a stage, as
+if it had been its own from the start, if up to there the two are the same.
+
+    python train.py RECIPE.py --plan [--gpus=N] [--tokens_per_second=N]
+
+says what a recipe will do, without doing it: steps, tokens and epochs, checkpoints, hours.
 """
 import json
 import math
@@ -21,10 +26,13 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_left
+from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import file_digest
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +42,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from config import load
-from data import DataError, Source, parse_stages, sequences
-from model import Llama, ModelConfig, ModelError, flash_attn_func, hf_name, read_json, write_json
+from data import DataError, Source, counts, parse_stages, sequences
+from model import (Llama, ModelConfig, ModelError, config_from_hf, flash_attn_func, hf_name,
+                   read_json, safetensors_files, write_json)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class TrainConfig(ModelConfig):
     data: str = ""                               # NAME or NAME:SHARE,... instead of every mixture
     data_dir: str = "data"                       # the folder of the sources
     out_dir: str = ""                            # "": out/ and the recipe's name
+    fork_from: str = ""                          # go on from this checkpoint at the end of a stage
+    init_from: str = ""                          # start from the weights of this Llama folder
     seed: int = 3407                             # of the initial weights and the order of the data
     # optimization
     learning_rate: float = 4e-4                  # reached after the warm-up
@@ -83,11 +94,14 @@ class TrainConfig(ModelConfig):
                 sys.exit(f"{key} must be at least 0 and below {limit}, got {getattr(self, key)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             sys.exit(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.fork_from and self.init_from:
+            sys.exit(f"a run has one origin: fork_from {self.fork_from} or init_from "
+                     f"{self.init_from}; --fork_from= takes back the recipe's")
 
 
 # keys that change what is written or how fast, and nothing that is learned but by rounding
-FREE = {"data_dir", "out_dir", "micro_batch", "dtype", "compile", "log_every", "eval_every",
-        "eval_tokens", "save_every", "keep", "keep_every"}
+FREE = {"data_dir", "out_dir", "fork_from", "init_from", "micro_batch", "dtype", "compile",
+        "log_every", "eval_every", "eval_tokens", "save_every", "keep", "keep_every"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,6 +119,11 @@ def mixture_of(text):
         except ValueError:
             sys.exit(f"--data={text}: {share!r} is no number; give NAME or NAME:SHARE,NAME:SHARE")
     return mixture
+
+
+def stage_ends(stages):
+    """The steps after which the stages are done."""
+    return list(accumulate(stage.steps for stage in stages))
 
 
 def tokens_after(stages, step, context):
@@ -130,10 +149,9 @@ def split_batch(batch, ranks, micro_batch):
     alike, as large as allowed."""
     if batch % ranks:
         fits = [r for r in range(1, batch + 1) if batch % r == 0]
-        below, above = (max(r for r in fits if r < ranks) if ranks > 1 else 1,
-                        min((r for r in fits if r > ranks), default=batch))
+        nearest = [*[r for r in fits if r < ranks][-1:], *[r for r in fits if r > ranks][:1]]
         sys.exit(f"a batch of {batch} sequences cannot be divided among {ranks} processes; "
-                 f"nearest: {below} and {above}")
+                 f"nearest: {' and '.join(map(str, nearest))}")
     share = batch // ranks
     micro = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
     return micro, share // micro
@@ -336,14 +354,130 @@ def resume(path, model, optimizer):
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
 
 
+def kept(steps, cfg, ends):
+    """Of the steps with a checkpoint, in order, those that keep it: the newest `keep`, the ends of
+    stages, and every keep_every."""
+    newest = set(steps[-cfg.keep:])                                          # all where keep is 0
+    return [step for step in steps if step in newest or step in ends
+            or cfg.keep_every and step % cfg.keep_every == 0]
+
+
 def delete_old(cfg, ends):
-    """Deletes all but the newest `keep` checkpoints, those at the end of a stage, and those of
-    every keep_every steps."""
-    if cfg.keep == 0:
-        return
-    for step, path in list(checkpoints(Path(cfg.out_dir)).items())[:-cfg.keep]:
-        if step not in ends and not (cfg.keep_every and step % cfg.keep_every == 0):
-            shutil.rmtree(path)
+    found = checkpoints(Path(cfg.out_dir))
+    for step in found.keys() - set(kept(list(found), cfg, ends)):
+        shutil.rmtree(found[step])
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: what will happen, by arithmetic alone
+
+# of one A100-40G, arXiv 2401.02385v2, section 2.3
+PAPER_TOKENS_PER_SECOND = 24_000
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """What --plan takes besides the keys of a recipe."""
+    plan: bool = False
+    gpus: int = 1
+    tokens_per_second: float = 0.0               # of one GPU; 0: the paper's alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gpus < 1 or not 0 <= self.tokens_per_second < math.inf:
+            sys.exit(f"gpus must be at least 1, got {self.gpus}, and tokens_per_second at least 0 "
+                     f"(the paper's), got {self.tokens_per_second}")
+
+
+def plan(cfg, stages):
+    """What training will do, as a dict, from the recipe alone. A source that is there is read, for
+    its epochs, and refused as training would refuse it; one that is not may be missing."""
+    names, ends = names_of(stages), stage_ends(stages)
+    cfg, there, _ = read_sources(cfg, [n for n in names if (Path(cfg.data_dir) / n).is_dir()])
+    start = 0
+    if cfg.fork_from:
+        start = next((end for end in ends if Path(cfg.fork_from).name == f"step_{end:08d}"), None)
+        if start is None:
+            sys.exit(f"fork_from {cfg.fork_from} is not at the end of a stage of this recipe: "
+                     f"these are {', '.join(f'step_{end:08d}' for end in ends)}")
+    with torch.device("meta"):
+        model = Llama(replace(cfg, vocab_size=cfg.vocab_size or ModelConfig.vocab_size))
+        tinyllama = Llama(ModelConfig())
+    flops, parameters = model.flops_per_token(), sum(p.numel() for p in model.parameters())
+    seen = [tokens_after(stages, step, cfg.context) for step in (start, *ends)]
+    warmup = cfg.warmup_steps * stages[0].batch * cfg.context
+    given = [counts(stage, stage.steps * stage.batch) for stage in stages]
+    saved = [step for step in range(start + 1, ends[-1] + 1)
+             if step % cfg.save_every == 0 or step in ends]
+    return {
+        "vocab_size": cfg.vocab_size, "parameters": parameters, "flops_per_token": flops,
+        "start": start, "ends": ends, "tokens": seen[-1] - seen[0],
+        "lr": [lr_at(tokens, seen[-1], warmup, cfg) for tokens in seen[1:]],
+        "micro_batches": [split_batch(stage.batch, cfg.gpus, cfg.micro_batch) for stage in stages],
+        "given": {name: [count.get(name, 0) * cfg.context for count in given] for name in names},
+        "epochs": {name: sum(count.get(name, 0) for count in given) / source.windows
+                   for name, source in there.items()},
+        "saved": saved, "kept": kept(saved, cfg, ends),
+        "checkpoint_bytes": 12 * parameters,           # weights and two moments, in fp32
+        # another shape at the same rate of work, FLOPs a second
+        "paper_rate": PAPER_TOKENS_PER_SECOND * tinyllama.flops_per_token() / flops}
+
+
+def announce_plan(cfg, stages, plan):
+    print(f"{plan['parameters']:,} parameters, {plan['flops_per_token']:,} FLOPs a token"
+          + ("" if plan["vocab_size"] else f", with a vocabulary of {ModelConfig.vocab_size:,} "
+             "until there are data to say"))
+    rows = [("stage", "steps", "tokens", "a step", "of", "ends at step", "learning rate")]
+    for k, (stage, end, lr, (micro, many)) in enumerate(zip(
+            stages, plan["ends"], plan["lr"], plan["micro_batches"]), 1):
+        batch = stage.batch * cfg.context
+        rows.append((f"{k}" + ", where it forks" * (end == plan["start"]),
+                     f"{stage.steps:,}", f"{stage.steps * batch:,}", f"{batch:,}",
+                     f"{cfg.gpus} x {many} x {micro} x {cfg.context}", f"{end:,}", f"{lr:.2e}"))
+    rows.append(("", f"{sum(stage.steps for stage in stages):,}",
+                 f"{tokens_after(stages, math.inf, cfg.context):,}", "", "", "", ""))
+    print_columns(rows)
+    print("(a step = GPUs x accumulation x micro-batch x context; the learning rate is the last "
+          f"step's, and {cfg.learning_rate:.2e} after {cfg.warmup_steps:,} steps)")
+    rows = [("tokens of", *(f"stage {k}" for k in range(1, len(stages) + 1)), "in all", "epochs")]
+    for name, given in plan["given"].items():
+        rows.append((name, *(f"{n:,}" for n in given), f"{sum(given):,}",
+                     f"{plan['epochs'][name]:.2f}" if name in plan["epochs"] else "no data yet"))
+    print_columns(rows)
+    for k, stage in enumerate(stages, 1):
+        if stage.ramp:
+            print(f"stage {k} comes to its mixture by a ramp of "
+                  f"{float(stage.ramp * cfg.context):,.0f} tokens")
+    size, stay = plan["checkpoint_bytes"], len(plan["kept"])
+    print(f"\ncheckpoints: {len(plan['saved']):,} of {in_bytes(size)} are written, {stay:,} stay; "
+          f"{in_bytes((stay + 1) * size)} of room, with one being written")
+    print(f"compute: {plan['tokens']:,} tokens to train on, "
+          f"{plan['tokens'] * plan['flops_per_token']:.3g} FLOPs")
+    for rate, whose in ((plan["paper_rate"], "the paper's A100, by FLOPs"),
+                        (cfg.tokens_per_second, "as given")):
+        if rate:
+            seconds = plan["tokens"] / rate
+            hours = f"{seconds / 3600:,.0f}" if seconds > 36_000 else f"{seconds / 3600:.2g}"
+            print(f"time: {hours} GPU-hours, {in_days(seconds / cfg.gpus)} on {cfg.gpus}, "
+                  f"at {rate:,.0f} tokens/s each, {whose}")
+
+
+def print_columns(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print()
+    for first, *rest in rows:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())
+
+
+def in_bytes(n):
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
+
+
+def in_days(seconds):
+    for unit, length in ("days", 86_400), ("hours", 3600), ("minutes", 60):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,12 +502,12 @@ class Stop:
 
 
 class Metrics:
-    """metrics.jsonl: a line a record. What an earlier run wrote beyond `step`, and a line torn by
-    its end, is cut off."""
+    """metrics.jsonl: a line a record. What an earlier run wrote beyond `step` (None: at all), and a
+    line torn by its end, is cut off."""
 
     def __init__(self, path, step, tokens_per_second_at_peak):
         kept, lines = [], []
-        if path.exists() and step:
+        if path.exists() and step is not None:
             lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
@@ -382,31 +516,33 @@ class Metrics:
         path.with_suffix(".tmp").write_text("".join(kept), "utf-8")
         os.replace(path.with_suffix(".tmp"), path)
         self.file, self.peak = open(path, "a", encoding="utf-8"), tokens_per_second_at_peak
-        self.tokens = self.seconds = 0
+        self.tokens, self.seconds, self.given = 0, 0, Counter()
+        self.empty = not kept
 
-    def took(self, tokens, seconds):
-        """Counts a step's time: speed is that of the steps since the last record, without
+    def took(self, rows, context, seconds):
+        """Counts a step: speed and mixture are those of the steps since the last record, without
         evaluations and saves."""
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.given.update(name for name, _ in rows)
+        self.tokens, self.seconds = self.tokens + len(rows) * context, self.seconds + seconds
 
     def write(self, record, memory):
         if self.tokens:
             rate = self.tokens / self.seconds
             record |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None,
-                       "memory": memory}
-            self.tokens = self.seconds = 0
+                       "memory": memory, "mixture": {name: count / self.given.total()
+                                                     for name, count in self.given.items()}}
+            self.tokens, self.seconds, self.given = 0, 0, Counter()
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self.last = record
 
 
-def read_recipe(argv):
-    """(config, stages, training sources, those of them with a validation part) of a command line,
-    checked as a whole."""
-    cfg = load(argv, TrainConfig)
+def read_recipe(argv, cls=TrainConfig):
+    """(config, stages) of a command line, after every check that needs no data."""
+    cfg = load(argv, cls)
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
     if not recipes and not cfg.stages:
-        sys.exit("usage: python train.py RECIPE.py [--key=value ...], e.g. "
+        sys.exit("usage: python train.py RECIPE.py [--key=value ...] [--plan], e.g. "
                  "python train.py config_demo.py")
     if not cfg.out_dir:
         cfg = replace(cfg, out_dir=f"out/{recipes[-1] if recipes else 'run'}")
@@ -416,7 +552,15 @@ def read_recipe(argv):
             {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": mixture_of(cfg.data)}
             for stage in cfg.stages])
         stages = parse_stages(cfg.stages, cfg.context)
-    names = sorted({name for stage in stages for name in stage.names})
+    if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
+        sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does, which has "
+                 f"{sum(stage.steps for stage in stages)} steps")
+    return cfg, stages
+
+
+def read_sources(cfg, names):
+    """(config, training sources, those of them with a validation part), {name: Source}, checked
+    against each other. vocab_size 0 becomes theirs."""
     train = {name: Source(Path(cfg.data_dir) / name, "train", cfg.context) for name in names}
     val = {name: Source(Path(cfg.data_dir) / name, "val", cfg.context) for name in names}
     for source in train.values():
@@ -427,41 +571,121 @@ def read_recipe(argv):
         if source.header.tokenizer != train[names[0]].header.tokenizer:
             sys.exit(f"the sources {names[0]} and {source.name} were written with different "
                      "tokenizers: tokenize both with one")
-    vocab_size = train[names[0]].header.vocab_size
-    if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, {vocab_size}: "
-                 "leave it out, or tokenize with another")
-    if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
-        sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does, which has "
-                 f"{sum(stage.steps for stage in stages)} steps")
-    return (replace(cfg, vocab_size=cfg.vocab_size or vocab_size), stages, train,
-            {n: s for n, s in val.items() if s.windows})
+        if 0 < cfg.vocab_size < source.header.vocab_size:
+            sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, "
+                     f"{source.header.vocab_size}: leave it out, or tokenize with another")
+        cfg = replace(cfg, vocab_size=cfg.vocab_size or source.header.vocab_size)
+    return cfg, train, {name: source for name, source in val.items() if source.windows}
 
 
-def find_checkpoint(out_dir, description):
-    """(step, path) of the newest checkpoint to continue from, or (0, None). Exits where it is
-    damaged or of another recipe."""
-    found = checkpoints(out_dir)
-    if not found:
-        return 0, None
-    step, path = list(found.items())[-1]
-    try:
-        state = read_state(path)
-    except ModelError as error:
-        earlier = [str(p) for p in found.values()][:-1]
-        sys.exit(f"{error}\nRemove {path} to "
-                 + (f"continue from {earlier[-1]}" if earlier else "start over"))
-    theirs, ours = ({**d["recipe"], "sources": d["sources"]} for d in (state, description))
-    differences = [f"  {key}: {theirs.get(key)} there, {ours[key]} here" for key in ours
-                   if key not in FREE and theirs.get(key) != ours[key]]
-    if differences:
-        sys.exit("\n".join([f"{path} was trained by another recipe:", *differences,
-                            "Take the same, or another --out_dir"]))
+def names_of(stages):
+    return sorted({name for stage in stages for name in stage.names})
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a run begins: at its own newest checkpoint, else at another run's, else with other weights,
+# else with none
+
+def differing(theirs, ours):
+    """The entries of two dicts that are not the same, in lines for people."""
+    return [f"  {key}: {theirs.get(key)} there, {ours.get(key)} here"
+            for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+
+
+def note_rounding(state, description):
+    """Says what rounds otherwise than before."""
     for key, here in description["run"].items():
         if state["run"].get(key) != here:
             print(f"note: {key} was {state['run'].get(key)} before and is {here} now: "
                   "rounding will differ")
-    return step, path
+
+
+def find_checkpoint(out_dir, description):
+    """(path, state) of the newest checkpoint to continue from, or (None, None). Exits where it is
+    damaged or of another recipe."""
+    found = list(checkpoints(out_dir).values())
+    if not found:
+        return None, None
+    try:
+        state = read_state(found[-1])
+    except ModelError as error:
+        sys.exit(f"{error}\nRemove {found[-1]} to "
+                 + (f"continue from {found[-2]}" if found[:-1] else "start over"))
+    theirs, ours = ({key: value for key, value in d["recipe"].items() if key not in FREE}
+                    | {"sources": d["sources"]} for d in (state, description))
+    if differing(theirs, ours):
+        sys.exit("\n".join([f"{found[-1]} was trained by another recipe:",
+                            *differing(theirs, ours), "Take the same, or another --out_dir"]))
+    note_rounding(state, description)
+    return found[-1], state
+
+
+def past(description, step):
+    """All that a run's weights at `step`, the end of one of its stages, and what Adam makes of them
+    next depend on: {what: value}."""
+    recipe = description["recipe"]
+    stages = parse_stages(recipe["stages"], recipe["context"])
+    k = bisect_left(stage_ends(stages), step) + 1
+    return {key: value for key, value in recipe.items() if key not in FREE | {"stages"}} | {
+        "tokens of the learning-rate curve": tokens_after(stages, math.inf, recipe["context"])} | {
+        f"stage {i}": stage for i, stage in enumerate(recipe["stages"][:k], 1)} | {
+        f"source {name}": description["sources"].get(name) for name in names_of(stages[:k])}
+
+
+def find_fork(path, description):
+    """(path, state) of the checkpoint to fork from, if this recipe could have written it at the end
+    of a stage. Exits with what differs."""
+    if not (path / "training/state.json").exists():
+        sys.exit(f"fork_from {path} is no checkpoint of a run: name one, such as "
+                 f"{newest(path) or 'out/base/step_00817436'}, and train up to it first"
+                 + ("; the weights of a model alone: --init_from" if path.is_dir() else ""))
+    state = read_state(path)
+    ends = stage_ends(parse_stages(state["recipe"]["stages"], state["recipe"]["context"]))
+    if state["step"] not in ends:
+        sys.exit(f"{path} was written at step {state['step']}, within a stage: a fork starts where "
+                 f"one ends, and that run's end at {', '.join(map(str, ends))}")
+    theirs, ours = past(state, state["step"]), past(description, state["step"])
+    if differing(theirs, ours):
+        sys.exit("\n".join([f"{path} has another past than this recipe:", *differing(theirs, ours),
+                            "Make these the same; or take the weights alone, --init_from"]))
+    note_rounding(state, description)
+    return path, state
+
+
+def check_init(cfg, sources):
+    """Exits where the weights in cfg.init_from are of another shape or tokenizer."""
+    path = Path(cfg.init_from)
+    if not (path / "config.json").exists():
+        sys.exit(f"init_from {path} is no folder of a model: it has no config.json"
+                 + (f"; it is a run, name a checkpoint, such as {newest(path)}"
+                    if checkpoints(path) else ""))
+    keys = {f.name for f in fields(ModelConfig)} - {"context"}         # no weight depends on it
+    theirs, ours = ({key: value for key, value in asdict(c).items() if key in keys}
+                    for c in (config_from_hf(read_json(path / "config.json")), cfg))
+    tokenizer = path / "tokenizer.model"
+    if tokenizer.exists():
+        theirs["tokenizer"] = digest(tokenizer)
+        ours["tokenizer"] = next(iter(sources.values())).header.tokenizer
+    if differing(theirs, ours):
+        sys.exit("\n".join([f"the weights in {path} do not fit this recipe:",
+                            *differing(theirs, ours), "Change the recipe's keys to those there"]))
+
+
+def find_start(cfg, train, description):
+    """(checkpoint to go on from, its step): the newest of this run, else the one to fork from, else
+    (None, 0). Adds to the description where the run came from."""
+    path, state = find_checkpoint(Path(cfg.out_dir), description)
+    if path:
+        description["origin"] = state.get("origin")
+    elif cfg.fork_from:
+        path, state = find_fork(Path(cfg.fork_from), description)
+        description["origin"] = {"fork_from": str(path), "step": state["step"],
+                                 "weights": state["files"]["model.safetensors"]["sha256"]}
+    elif cfg.init_from:
+        check_init(cfg, train)
+        description["origin"] = {"init_from": cfg.init_from, "weights": {
+            file.name: digest(file) for file in safetensors_files(Path(cfg.init_from))}}
+    return path, state["step"] if state else 0
 
 
 def commit():
@@ -478,7 +702,8 @@ def commit():
 
 
 def describe(cfg, stages, train, device, dtype, compiled):
-    """What state.json records of a run: its recipe, its data, and what decides its rounding."""
+    """What state.json records of a run: its recipe, its data, where its weights came from, and what
+    decides its rounding."""
     micro = [split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages]
     return {
         "recipe": asdict(cfg),
@@ -486,6 +711,7 @@ def describe(cfg, stages, train, device, dtype, compiled):
                     | source.info for name, source in train.items()},
         "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
                 "compile": compiled, "micro_batch": micro},
+        "origin": None,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 
@@ -506,11 +732,15 @@ def announce(cfg, stages, model, card, description, why_dtype, why_compiled):
 
 
 def main(argv):
+    if "--plan" in argv:
+        cfg, stages = read_recipe(argv, PlanConfig)
+        return announce_plan(cfg, stages, plan(cfg, stages))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
                  "start it with python")
     stop = Stop()
-    cfg, stages, train, val = read_recipe(argv)
+    cfg, stages = read_recipe(argv)
+    cfg, train, val = read_sources(cfg, names_of(stages))
     steps, out_dir = sum(stage.steps for stage in stages), Path(cfg.out_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with torch.device("meta"):
@@ -520,9 +750,10 @@ def main(argv):
     compiled, why_compiled = choose_compile(cfg, device,
                                             flops * tokens_after(stages, steps, cfg.context))
     description = describe(cfg, stages, train, device, dtype, compiled)
-    first, path = find_checkpoint(out_dir, description)
+    path, first = find_start(cfg, train, description)
     if first == steps:
-        print(f"{path} is the end of this run, all {steps} steps are done: python sample.py {path}")
+        print(f"{path} is the end of this recipe, all {steps} steps are done: "
+              f"python sample.py {path}")
         return
     card = (torch.cuda.get_device_name() if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads")
@@ -533,14 +764,18 @@ def main(argv):
     torch.manual_seed(cfg.seed)
     model = parallelize(model, device, compiled).init_weights()
     optimizer = build_optimizer(model, cfg)
+    own = path and path.parent == out_dir
     if path:
-        print(f"continuing from {path}")
+        print(f"{'continuing' if own else 'forking'} from {path}")
         resume(path, model, optimizer)
+    elif cfg.init_from:
+        print(f"starting from the weights in {cfg.init_from}")
+        model.load_tensors(Path(cfg.init_from))
     out_dir.mkdir(parents=True, exist_ok=True)
     for half in out_dir.glob("step_*.tmp"):
         shutil.rmtree(half)
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
-    metrics = Metrics(out_dir / "metrics.jsonl", first, peak and peak / flops)
+    metrics = Metrics(out_dir / "metrics.jsonl", first if own else None, peak and peak / flops)
     last = loop(cfg, stages, train, val, model, optimizer, dtype, first, description, metrics, stop)
     if last == steps:
         print(f"{newest(out_dir)} is the end of the run")
@@ -554,7 +789,7 @@ def loop(cfg, stages, train, val, model, optimizer, dtype, first, description, m
     """The steps from `first` on, until the last or a wish to stop. Returns how many are done."""
     device = model.embed.weight.device
     windows = {name: source.windows for name, source in train.items()}
-    ends = np.cumsum([stage.steps for stage in stages]).tolist()
+    ends = stage_ends(stages)
     steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
     line = {}
@@ -562,7 +797,7 @@ def loop(cfg, stages, train, val, model, optimizer, dtype, first, description, m
               unit_scale=True, disable=None) as bar:
         for step in range(first, steps + 1):  # one turn more, to evaluate and save the last step
             seen, new = tokens_after(stages, step, cfg.context), step > first
-            if val and (new or step == 0) and (step % cfg.eval_every == 0 or step in ends):
+            if val and (new or metrics.empty) and (step % cfg.eval_every == 0 or step in ends):
                 line["val_loss"], line["bits_per_byte"] = evaluate(model, val, cfg, device, dtype)
             if line and (step % cfg.log_every == 0 or step in ends or "val_loss" in line):
                 metrics.write({"step": step, "tokens": seen} | line, memory_used(device))
@@ -583,8 +818,9 @@ def loop(cfg, stages, train, val, model, optimizer, dtype, first, description, m
                          f"norm of the gradient {norm}; stopped before the weights moved. "
                          f"Last good checkpoint: {newest(Path(cfg.out_dir)) or 'none yet'}. "
                          "A smaller --learning_rate or more --warmup_steps may help")
-            line = {"loss": loss, "lr": lr, "grad_norm": norm}
-            metrics.took(x.numel(), time.perf_counter() - start)
+            line = {"loss": loss, "lr": lr, "grad_norm": norm,
+                    "stage": bisect_left(ends, step + 1) + 1}
+            metrics.took(rows, cfg.context, time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update(x.numel())
 
