@@ -18,4 +18,4 @@ stages = [
 
 learning_rate, min_lr, warmup_steps = 5e-3, 5e-4, 20
 micro_batch = 16
-log_every, eval_every, eval_tokens, save_every = 25, 300, 2 ** 15, 300
+log_every, eval_every, eval_tokens, save_every = 10, 100, 2 ** 15, 300

@@ -2,16 +2,20 @@
 does something."""
 import ast
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import plot
 import prepare
 import sample
 from config import load
-from data import parse_stages
-from train import FREE, TrainConfig
+from data import counts, parse_stages
+from model import Llama, ModelConfig
+from train import (FREE, PlanConfig, TrainConfig, lr_at, past, read_recipe, stage_ends,
+                   tokens_after)
 
 HERE = Path(__file__).parent
 
@@ -75,14 +79,87 @@ def test_every_recipe_loads(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_the_base_recipe_is_the_papers():
-    """A digit lost in a recipe costs weeks of GPUs before anybody sees it."""
-    cfg = load([str(HERE / "config_base.py")], TrainConfig)
-    stages = parse_stages(cfg.stages, cfg.context)
+def recipe(name):
+    """(config, stages, ends of stages, tokens of the warm-up, of the run) of config_NAME.py."""
+    cfg, stages = read_recipe([str(HERE / f"config_{name}.py")])
+    return (cfg, stages, stage_ends(stages), cfg.warmup_steps * stages[0].batch * cfg.context,
+            tokens_after(stages, float("inf"), cfg.context))
+
+
+@pytest.mark.parametrize("name", ["base", "v1", "math_code", "chinese", "120m"])
+def test_what_the_original_fixed_is_as_it_was(name):
+    """A digit lost in a recipe costs weeks of GPUs before anybody sees it. Shapes by their numbers
+    of parameters; AdamW and the end of the cosine at a tenth."""
+    cfg = recipe(name)[0]
+    with torch.device("meta"):
+        model = Llama(cfg)
+    assert (sum(p.numel() for p in model.parameters())
+            == (121_129_728 if name == "120m" else 1_100_048_384))
+    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.1, 0.9, 0.95, 1.0)
+    assert cfg.min_lr == pytest.approx(cfg.learning_rate / 10)
+    if name != "120m":
+        assert asdict(cfg).items() >= asdict(ModelConfig()).items()
+        assert (cfg.learning_rate, cfg.min_lr, cfg.warmup_steps) == (4e-4, 4e-5, 2000)
+
+
+@pytest.mark.parametrize("name", ["base", "math_code", "chinese"])
+def test_v1_1_has_the_papers_numbers(name):
+    """1.835M tokens a step and four times that in the cooldown, which must not bend the cosine:
+    a schedule that counts steps would."""
+    cfg, stages, ends, warmup, total = recipe(name)
     assert [stage.steps for stage in stages] == [817_436, 190_735, 20_436]
     assert [stage.batch * cfg.context for stage in stages] == [1_835_008, 1_835_008, 7_340_032]
-    assert (cfg.learning_rate, cfg.min_lr, cfg.warmup_steps) == (4e-4, 4e-5, 2000)
-    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.1, 0.9, 0.95, 1.0)
+    seen = [tokens_after(stages, end, cfg.context) for end in ends]
+    assert [round(tokens / 1e9, 3) for tokens in seen] == [1500.002, 1850.002, 2000.003]
+    rates = [lr_at(tokens, total, warmup, cfg) for tokens in (1.5e12, 1.85e12, total)]
+    assert rates == pytest.approx([9.29e-5, 4.50e-5, 4e-5], rel=1e-3) and rates[-1] == 4e-5
+
+
+def test_v1_0_has_the_papers_numbers():
+    """One stage of 2M tokens a step, sources in proportion to their size."""
+    cfg, stages, ends, _, total = recipe("v1")
+    assert ends == [1_430_512] and total == 3_000_001_101_824
+    given = counts(stages[0], ends[0] * stages[0].batch)
+    assert given["slimpajama"] * 306_416 == pytest.approx(given["starcoder"] * 693_584, rel=1e-6)
+
+
+@pytest.mark.parametrize("name, shares", [
+    ("math_code", {"slimpajama": 75, "starcoder-python": 15, "proof-pile-2": 10}),
+    ("chinese", {"slimpajama": 50, "skypile": 50})])
+def test_the_ramp_has_the_papers_shares(name, shares):
+    """0, 3B and 6B tokens into the second stage: SlimPajama alone, half way, all the way; the third
+    stage has no ramp and the same shares."""
+    cfg, (_, second, third), _, _, _ = recipe(name)
+    for at, done in (0, 0), (3e9, 0.5), (6e9, 1), (300e9, 1):
+        n = round(at / cfg.context)
+        # two million tokens on either side of this place, but where the stage begins
+        a, b = counts(second, max(0, n - 1000)), counts(second, n + 1000)
+        for source, percent in shares.items():
+            share = percent / 100 * done + (source == "slimpajama") * (1 - done)
+            given = (b[source] - a[source]) / (n + 1000 - max(0, n - 1000))
+            assert given == pytest.approx(share, abs=2e-3)
+    x = second.ramp                                  # its integral: half of the share on average
+    for source, percent in shares.items():
+        start = source == "slimpajama"
+        assert counts(second, int(x))[source] == pytest.approx(
+            float(x) * (start + percent / 100) / 2, abs=2)
+    n = 100 * third.batch
+    assert ({source: counts(third, n)[source] for source in shares}
+            == pytest.approx({source: n * percent / 100 for source, percent in shares.items()},
+                             abs=2))
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(HERE.glob("config_*.py"))
+                                  if "fork_from =" in path.read_text()], ids=lambda p: p.stem)
+def test_forks_share_their_parents_past(path):
+    """A recipe that forks from a checkpoint its parent never writes, or that it must refuse, is
+    found out after the weeks of the parent."""
+    cfg, _ = read_recipe([str(path)])
+    parent, step = re.fullmatch(r"out/(\w+)/step_0*(\d+)", cfg.fork_from).groups()
+    theirs, _, ends, _, _ = recipe(parent)
+    assert int(step) == ends[0] and theirs.out_dir == f"out/{parent}"
+    ours, theirs = (past({"recipe": asdict(c), "sources": {}}, int(step)) for c in (cfg, theirs))
+    assert ours == theirs
 
 
 def test_every_config_field_is_used():
@@ -95,13 +172,14 @@ def test_every_config_field_is_used():
 
 def test_readme_commands_parse():
     """A README whose commands are refused teaches distrust."""
-    commands = re.findall(r"^(?:\$ )?python (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
+    commands = re.findall(r"^(?:\$ )?(?:python|torchrun) (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
                           (HERE / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, arguments in commands:
         arguments = [a.strip("'\"") for a in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""",
                                                         arguments)]
         if script == "train":
-            load([str(HERE / a) if a.endswith(".py") else a for a in arguments], TrainConfig)
+            load([str(HERE / a) if a.endswith(".py") else a for a in arguments],
+                 PlanConfig if "--plan" in arguments else TrainConfig)
         else:
-            {"prepare": prepare, "sample": sample}[script].parse_args(arguments)
+            {"prepare": prepare, "sample": sample, "plot": plot}[script].parse_args(arguments)
