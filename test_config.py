@@ -2,6 +2,7 @@
 does something."""
 import ast
 import re
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -176,8 +177,7 @@ def test_readme_commands_parse():
                           (HERE / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, arguments in commands:
-        arguments = [a.strip("'\"") for a in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""",
-                                                        arguments)]
+        arguments = shlex.split(arguments)
         if script == "train":
             load([str(HERE / a) if a.endswith(".py") else a for a in arguments],
                  PlanConfig if "--plan" in arguments else TrainConfig)

@@ -596,7 +596,7 @@ def test_the_plan_is_what_a_run_does(finished, world, monkeypatch, capsys):
     printed = re.sub(" +", " ", capsys.readouterr().out)
     for words in (f"2 20 1,280 64 1 x 2 x 2 x 16 30 {lines[30]['lr']:.2e}\n", "35 2,560",
                   "prose 640 720 320 1,680",
-                  "0.36 GPU-hours, 21.3 minutes on 1, at 2 tokens/s each, as given",
+                  "0.36 GPU-hours, 21.3 minutes on 1, at 2 tokens/s each = 4.57e-07 TFLOP/s, as given",
                   "stage 2 comes to its mixture by a ramp of 320 tokens"):
         assert words in printed
 
@@ -618,7 +618,7 @@ def test_the_plan_has_the_papers_hours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([str(HERE / "config_v1.py"), "--plan", "--gpus=16", "--stages=[{'tokens': 300e9, "
                 "'batch': 2097152, 'mixture': {'slimpajama': 1}}]"])
-    assert "3,472 GPU-hours, 9.0 days on 16, at 24,000 tokens/s" in capsys.readouterr().out
+    assert "3,472 GPU-hours, 9.0 days on 16, at 24,000 tokens/s each = 185 TFLOP/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, words", [

@@ -453,13 +453,14 @@ def announce_plan(cfg, stages, plan):
           f"{in_bytes((stay + 1) * size)} of room, with one being written")
     print(f"compute: {plan['tokens']:,} tokens to train on, "
           f"{plan['tokens'] * plan['flops_per_token']:.3g} FLOPs")
-    for rate, whose in ((plan["paper_rate"], "the paper's A100, by FLOPs"),
+    for rate, whose in ((plan["paper_rate"], "the paper's A100"),
                         (cfg.tokens_per_second, "as given")):
         if rate:
             seconds = plan["tokens"] / rate
             hours = f"{seconds / 3600:,.0f}" if seconds > 36_000 else f"{seconds / 3600:.2g}"
             print(f"time: {hours} GPU-hours, {in_days(seconds / cfg.gpus)} on {cfg.gpus}, "
-                  f"at {rate:,.0f} tokens/s each, {whose}")
+                  f"at {rate:,.0f} tokens/s each = "
+                  f"{rate * plan['flops_per_token'] / 1e12:,.3g} TFLOP/s, {whose}")
 
 
 def print_columns(rows):
