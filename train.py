@@ -407,8 +407,9 @@ def plan(cfg, stages):
     seen = [tokens_after(stages, step, cfg.context) for step in (start, *ends)]
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
     given = [counts(stage, stage.steps * stage.batch) for stage in stages]
-    saved = [step for step in range(start + 1, ends[-1] + 1)
-             if step % cfg.save_every == 0 or step in ends]
+    every = cfg.save_every
+    saved = sorted({*range(start // every * every + every, ends[-1] + 1, every),
+                    *(end for end in ends if end > start)})
     return {
         "vocab_size": cfg.vocab_size, "parameters": parameters, "flops_per_token": flops,
         "start": start, "ends": ends, "tokens": seen[-1] - seen[0],
@@ -571,7 +572,8 @@ def read_sources(cfg, names):
                      "give it more text, or --context a smaller value")
         if source.header.tokenizer != train[names[0]].header.tokenizer:
             sys.exit(f"the sources {names[0]} and {source.name} were written with different "
-                     "tokenizers: tokenize both with one")
+                     f"tokenizers ({train[names[0]].header.tokenizer[:12]} and "
+                     f"{source.header.tokenizer[:12]}): tokenize both with one")
         if 0 < cfg.vocab_size < source.header.vocab_size:
             sys.exit(f"vocab_size {cfg.vocab_size} is below that of the data, "
                      f"{source.header.vocab_size}: leave it out, or tokenize with another")
@@ -733,7 +735,7 @@ def announce(cfg, stages, model, card, description, why_dtype, why_compiled):
 
 
 def main(argv):
-    if "--plan" in argv:
+    if {"--plan", "--help", "-h"} & set(argv):
         cfg, stages = read_recipe(argv, PlanConfig)
         return announce_plan(cfg, stages, plan(cfg, stages))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
