@@ -10,8 +10,7 @@ their 24,000 tokens/s each it is 34,700 GPU-hours, 90 days. Their result: 52.99 
 HellaSwag, OpenBookQA, WinoGrande, ARC, BoolQ and PIQA (52.97 by their own seven numbers).
 
 The shares are those of the sources in the 950B tokens. Which parts of StarCoder the authors left
-out ("only code-related data") is not documented; to take all of it but its GitHub issues is our
-choice. They reached this batch by 2 nodes x 512 sequences.
+out ("only code-related data") is not documented; to leave out its issues and commits is our choice.
 """
 n_layer, d_model, n_head, n_kv_head, d_ff, vocab_size, context = 22, 2048, 32, 4, 5632, 32_000, 2048
 
