@@ -45,7 +45,9 @@ def option(arg, kinds):
         return {key: text}
     try:
         return {key: ast.literal_eval(text)}
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError) as error:
+        if text[:1] in ("[", "{"):
+            sys.exit(f"{arg} is no Python: {error}")
         return {key: text}
 
 
@@ -56,7 +58,7 @@ def recipe(path):
         sys.exit(f"there is no recipe {path!r}: give a .py file, or options as --key=value")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # whatever the file does wrong is its author's to see, in one line
+    except (Exception, SystemExit) as error:        # whatever it does wrong, its author is told
         sys.exit(f"{path}: {type(error).__name__}: {error}")
     return {k: v for k, v in names.items()
             if k[0] != "_" and not isinstance(v, (types.ModuleType, types.FunctionType))}

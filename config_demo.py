@@ -1,5 +1,5 @@
-"""TinyLlama's recipe in miniature, on the text that every Python brings along: prose, then prose and
-code with a ramp between the two, then a cooldown by a batch four times as large.
+"""TinyLlama's recipe in miniature, on the text that every Python brings along: prose, then prose
+and code with a ramp between the two, then a cooldown by a batch four times as large.
 
     python prepare.py demo
     python train.py config_demo.py

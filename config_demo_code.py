@@ -4,8 +4,8 @@ of code.
     python train.py config_demo.py                 up to the end of its first stage, then
     python train.py config_demo_code.py
 
-Two and a half minutes on two CPU cores without bf16. At the end of the run it is better at code than the demo,
-and worse at prose (README, Results).
+Two and a half minutes on two CPU cores without bf16. At the end of the run it is better at code
+than the demo, and worse at prose (README, Results).
 """
 from config_demo import *
 

@@ -220,6 +220,11 @@ class Stage:
     def names(self):
         return sorted({**self.before, **self.shares})
 
+    def __str__(self):
+        return (f"{self.steps} steps of {self.batch} sequences, "
+                + ", ".join(f"{name} {float(share):.6g}" for name, share in self.shares.items())
+                + f", by a ramp of {float(self.ramp):.6g} sequences" * bool(self.ramp))
+
 
 def parse_stages(stages, context):
     """The list of Stages of a recipe's `stages`: dicts of tokens, batch (tokens), mixture and,
@@ -248,6 +253,9 @@ def parse_stages(stages, context):
                 or not all(type(name) is str for name in stage["mixture"]) or not sum(shares)):
             raise DataError(f"stage {k}: the mixture {stage['mixture']} must give each name of a "
                             "source a number, none negative, not all zero")
+        for name in stage["mixture"]:
+            if name in ("", "..") or Path(name).name != name:
+                raise DataError(f"stage {k}: the source {name!r} is no plain name of a folder")
         exact = {name: Fraction(str(share)) for name, share in stage["mixture"].items()}
         shares = {name: share / sum(exact.values()) for name, share in exact.items()}
         before = parsed[-1].shares if ramp else shares
@@ -259,7 +267,7 @@ def parse_stages(stages, context):
 
 
 def whole(number, what):
-    if not isinstance(number, (int, float)) or number != number // 1:
+    if type(number) not in (int, float) or number != number // 1:
         raise DataError(f"{what} must be a whole number, got {number!r}")
     return int(number)
 

@@ -1,8 +1,8 @@
 """Pictures of runs: python plot.py out/RUN [out/OTHER ...] [--out=FILE.png]
 
 Draws what metrics.jsonl of each run holds over the tokens seen: the loss, bits per byte of each
-source's validation part, the learning rate, the mixture, and the speed. Thin dotted lines mark the
-ends of stages. A run that forked from another begins where it forked. Needs matplotlib.
+source's validation part, the learning rate, the mixture, and the speed. Dotted lines stand between
+stages. A run that forked from another begins where it forked. Needs matplotlib.
 """
 import argparse
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-STYLES = "-", "--", ":", "-."                                     # of the runs, in order
+STYLES = "-", "--", "-.", (0, (4, 1, 1, 1, 1, 1))                # of the runs, in order
 
 
 def read_metrics(run):
@@ -20,11 +20,14 @@ def read_metrics(run):
     if not path.is_file():
         sys.exit(f"there is no {path}: give the folder of a run, such as out/demo")
     records = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
             try:
                 record = json.loads(line)
-                records.append({"step": record["step"], "tokens": record["tokens"]} | record)
+                _ = record["step"] + record["tokens"], {**record.get("mixture", {})}, {
+                    **record.get("bits_per_byte", {})}
+                records.append(record)
             except (ValueError, KeyError, TypeError) as error:
                 sys.exit(f"{path}, line {number} is no record of a run ({error!r})")
     if not any("loss" in record for record in records):
@@ -41,13 +44,16 @@ def series(records, *keys, absent=None):
         if value is not None and keys[1:]:
             value = value.get(keys[1], absent)
         if value is not None:
-            x, y = x + [record["tokens"]], y + [value]
+            x.append(record["tokens"])
+            y.append(value)
     return x, y
 
 
 def stages_of(records):
-    """{stage: (the record before its first, its last)}."""
+    """{stage: (the record before its first, its last)}, as far as there are two."""
     found = {}
+    if records[0].get("stage") == 1:             # without validation nothing is written of step 0
+        records = [{"step": 0, "tokens": 0}, *records]
     for before, record in zip(records, records[1:]):
         if "stage" in record:
             first, _ = found.get(record["stage"], (before, None))
@@ -77,34 +83,51 @@ def draw(runs, out):
     sources = sorted({s for records in runs.values() for r in records
                       for s in (*r.get("mixture", ()), *r.get("bits_per_byte", ()))})
     colours = {source: f"C{k}" for k, source in enumerate(sources)}
+    labelled, starts = set(), []
+
+    def line(ax, x, y, **look):
+        ax.plot(x, y, linestyle=style, linewidth=1.2, **({"marker": "."} if len(x) == 1 else {})
+                | look)
+
     for (name, records), style in zip(runs.items(), STYLES * len(runs)):
-        label, line = f"{name}: " * (len(runs) > 1), {"linestyle": style, "linewidth": 1.2}
-        axes[0].plot(*series(records, "loss"), color="black", label=name, **line)
+        label = f"{name}: " * (len(runs) > 1)
+        line(axes[0], *series(records, "loss"), color="black", label=name)
         for source in sources:
-            for ax, key, marker in (axes[1], "bits_per_byte", "."), (axes[3], "mixture", None):
-                x, y = series(records, key, source, absent=0.0 if key == "mixture" else None)
-                if any(y):
-                    ax.plot(x, y, color=colours[source], marker=marker, label=label + source,
-                            **line)
-        axes[2].plot(*series(records, "lr"), color="black", **line)
-        axes[4].plot(*series(records, "tokens_per_second"), color="black", **line)
-        for stage, (first, last) in stages_of(records).items():
-            for ax in axes:
-                ax.axvline(last["tokens"], color="grey", linestyle=":", linewidth=0.8)
-            if name == next(iter(runs)):
-                batch = ((last["tokens"] - first["tokens"]) / (last["step"] - first["step"]))
+            x, y = series(records, "bits_per_byte", source)
+            if x:
+                line(axes[1], x, y, color=colours[source], marker=".", label=label + source)
+            line(axes[3], *series(records, "mixture", source, absent=0.0), color=colours[source],
+                 label=source if records is next(iter(runs.values())) else None)
+        line(axes[2], *series(records, "lr"), color="black")
+        line(axes[4], *series(records, "tokens_per_second"), color="black")
+        stages = stages_of(records)
+        for stage, (first, last) in stages.items():
+            if stage + 1 in stages:
+                for ax in axes:
+                    ax.axvline(last["tokens"], color="grey", linestyle=":", linewidth=0.8)
+            starts.append(first["tokens"])
+            if stage not in labelled:
+                labelled.add(stage)
+                batch = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
+                words = f"{batch:,.0f}" if batch < 1e6 else short(batch)
                 axes[0].text((first["tokens"] + last["tokens"]) / 2, 1.0,
-                             f"stage {stage}\n{batch:,.0f} tokens a step", ha="center",
-                             va="bottom", transform=axes[0].get_xaxis_transform())
+                             f"stage {stage}\n{words} a step", ha="center", va="bottom",
+                             fontsize="small", transform=axes[0].get_xaxis_transform())
     for ax, title in zip(axes, ("loss, nats a token", "validation, bits a byte", "learning rate",
                                 "mixture", "tokens/s")):
         ax.set_ylabel(title)
         ax.grid(alpha=0.2)
+    left, right = axes[0].get_xlim()
+    axes[0].set_xlim(min([left, *starts]), right)
     axes[0].legend()
-    axes[1].legend()
+    if axes[1].lines:
+        axes[1].legend()
     axes[2].set_ylim(bottom=0)
+    if sources:
+        axes[3].legend(fontsize="small", loc="center left")
     axes[3].set_ylim(-0.05, 1.05)
     axes[4].set_ylim(bottom=0)
+    axes[4].yaxis.set_major_formatter(short)
     axes[4].set_xlabel("tokens")
     axes[4].xaxis.set_major_formatter(short)
     temporary = Path(f"{out}.tmp")
@@ -122,7 +145,10 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, such as out/demo")
     parser.add_argument("--out", metavar="FILE", help="the picture; plot.png in the first RUN")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out and not args.out.endswith(".png"):
+        parser.error(f"--out={args.out} must end in .png")
+    return args
 
 
 def main(argv):

@@ -15,8 +15,7 @@ import sample
 from config import load
 from data import counts, parse_stages
 from model import Llama, ModelConfig
-from train import (FREE, PlanConfig, TrainConfig, lr_at, past, read_recipe, stage_ends,
-                   tokens_after)
+from train import FREE, TrainConfig, lr_at, past, read_recipe, stage_ends, tokens_after
 
 HERE = Path(__file__).parent
 
@@ -179,7 +178,6 @@ def test_readme_commands_parse():
     for script, arguments in commands:
         arguments = shlex.split(arguments)
         if script == "train":
-            load([str(HERE / a) if a.endswith(".py") else a for a in arguments],
-                 PlanConfig if "--plan" in arguments else TrainConfig)
+            read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
         else:
             {"prepare": prepare, "sample": sample, "plot": plot}[script].parse_args(arguments)

@@ -270,7 +270,9 @@ def test_stages_of_the_paper():
     ({"mixture": {"a": "x"}}, "a number"), ({"mixture": {"a": True}}, "a number"),
     ({"mixture": {3: 1}}, "a number"), ({"mixture": {"a": float("nan")}}, "nan"),
     ({"mixture": "a"}, "dict"), ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"),
-    ({"tokens": None}, "None"), ({"tokens": float("inf")}, "inf")])
+    ({"tokens": True}, "True"), ({"mixture": {"": 1}}, "'' is no plain name"),
+    ({"mixture": {"..": 1}}, "plain name"), ({"tokens": None}, "None"),
+    ({"tokens": float("inf")}, "inf")])
 def test_bad_stages_are_refused(change, words):
     """Each would train on something, and not on what was meant."""
     with pytest.raises(DataError, match=words):

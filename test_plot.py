@@ -1,5 +1,6 @@
 """Proofs of plot.py: what is drawn is what metrics.jsonl says."""
 import json
+import warnings
 
 import pytest
 
@@ -40,7 +41,8 @@ def test_stages_begin_where_the_one_before_ended():
     stages = plot.stages_of(RECORDS)
     assert {k: (a["tokens"], b["tokens"]) for k, (a, b) in stages.items()} == {
         1: (0, 200), 2: (200, 1000)}
-    assert plot.stages_of(LATER)[2] == (LATER[0], LATER[1])           # a fork, or a lost beginning
+    assert plot.stages_of(LATER)[2] == (LATER[0], LATER[1])           # a fork without validation
+    assert plot.stages_of(STEPS)[1] == ({"step": 0, "tokens": 0}, STEPS[1])
 
 
 @pytest.mark.parametrize("tokens, text", [(0, "0"), (2_000, "2k"), (1.5e6, "1.5M"), (350e9, "350B"),
@@ -58,8 +60,15 @@ def test_a_picture_is_drawn(run, tmp_path, capsys):
     plot.main([one])
     assert capsys.readouterr().out == f"{one}/plot.png\n"
     plot.main([one, two, f"--out={tmp_path / 'both.png'}"])
+    three = run("three", [{k: v for k, v in STEPS[0].items() if k != "mixture"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                     # no validation, and a single step
+        plot.main([three])
+    (tmp_path / "three/plot.png").unlink()
     for path in tmp_path / "one/plot.png", tmp_path / "both.png":
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        plot.main([one, f"--out={tmp_path / 'x.jpg'}"])
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
         "plot.png", "both.png", "metrics.jsonl"}
     with pytest.raises(SystemExit, match="nowhere/x.png cannot be written"):
@@ -70,6 +79,8 @@ def test_what_is_no_run_is_refused(run, tmp_path):
     """One sentence each."""
     for folder, words in ((str(tmp_path / "no"), "there is no .*no/metrics.jsonl"),
                           (run("start", [START]), "has no step yet"),
-                          (run("other", RECORDS, tail="[1]\n"), "line 6 is no record")):
+                          (run("other", RECORDS, tail="[1]\n"), "line 6 is no record"),
+                          (run("odd", RECORDS, tail='{"step": 1, "tokens": 2, "mixture": null}\n'),
+                           "line 6 is no record")):
         with pytest.raises(SystemExit, match=words):
             plot.main([folder])

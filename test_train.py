@@ -24,7 +24,7 @@ from prepare import train_tokenizer, write_source
 from sample import Tokenizer
 from test_data import random_stages
 from test_prepare import AWKWARD, TEXT
-from train import (PlanConfig, TrainConfig, build_optimizer, checkpoints, choose_compile,
+from train import (TrainConfig, build_optimizer, checkpoints, choose_compile,
                    choose_dtype, lr_at, mixture_of, read_batch, read_recipe, read_sources,
                    split_batch, stage_ends, tokens_after, train_step)
 
@@ -379,7 +379,8 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
         run("--learning_rate=0.02", "--seed=1")
     assert ("learning_rate: 0.01 there, 0.02 here" in str(error.value)
             and "seed: 3407 there, 1 here" in str(error.value))
-    with pytest.raises(SystemExit, match="stages"):
+    with pytest.raises(SystemExit, match="stage 2: 20 steps of 4 sequences, prose 0.5, code 0.5, "
+                                         "by a ramp of 20 sequences there, 20 steps"):
         run("--data=prose")
     shutil.rmtree(tmp_path / "out/step_00000035")
     printed = run("--log_every=3", "--micro_batch=1", "--keep=1")  # these change rounding at most
@@ -394,10 +395,11 @@ def test_damaged_checkpoints_are_named(run, finished, tmp_path):
             ("model.safetensors", lambda b: b[:-8], "damaged"),
             ("config.json", lambda b: b[:9], "damaged"),
             ("training/optimizer.safetensors", lambda b: b[:99] + bytes([b[99] ^ 1]) + b[100:],
-             "other content"),
+             "its bytes are not those that were written"),
             ("training/state.json", lambda b: b[:50], "state.json cannot be read"),
             ("model.safetensors", None, "lacks model.safetensors"),
             ("training/state.json", lambda b: b"{}", "lacks what save wrote"),
+            ("training/state.json", lambda b: b.replace(b'"stages"', b'"stagse"'), "lacks what"),
             ("training/state.json", None, "state.json")]:
         shutil.copytree(finished, out)
         file = out / "step_00000035" / name
@@ -412,6 +414,7 @@ def test_milestones_are_kept(run, tmp_path):
     """Housekeeping that deletes one checkpoint too many cannot be undone."""
     run("--keep=1", "--keep_every=8")
     assert list(checkpoints(tmp_path / "out")) == [8, 10, 16, 24, 30, 32, 35]
+
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
     """Sorted as text, step 100,000,000 comes before 99,999,999: the original would have resumed
@@ -488,25 +491,29 @@ def test_a_fork_is_its_recipe_from_the_start(run, finished, tmp_path, world):
     (["--beta2=0.9", "--grad_clip=2"], "beta2: 0.95 there, 0.9 here.*grad_clip: 1.0 there, 2.0"),
     (["--min_lr=0.002"], "min_lr: 0.001 there, 0.002 here"),
     (["--warmup_steps=2"], "warmup_steps: 3 there, 2 here"),
-    ([FORK.replace("64,", "32,")], "stage 1: .*'batch': 64.* there, .*'batch': 32.* here"),
-    ([FORK.replace("640,", "704,", 1)], "'tokens': 640.* there, .*'tokens': 704.* here"),
+    ([FORK.replace("64,", "32,")], "stage 1: 10 steps of 4 .* there, 20 steps of 2 .* here"),
+    ([FORK.replace("640,", "704,", 1)], "stage 1: 10 steps .* there, 11 steps .* here"),
     ([FORK.replace("1280", "1344")], "of the learning-rate curve: 2560 there, 2624 here"),
-    (["--data=code"], "stage 1: .*prose.* there, .*code.* here.*source code: .* there"),
-    (["--data_dir=data2"], "source prose: .*there, .*here")])
+    (["--data=code"], "stage 1: .*prose 1 there, .*code 1 here.*windows of code: None there"),
+    (["--data_dir=data2"], "bytes of prose: [0-9]+ there, [0-9]+ here")])
 def test_a_fork_with_another_past_is_refused(options, words, run, finished, world, tmp_path):
     """Each would go on from weights that its own recipe could not have reached."""
     if "--data_dir=data2" in options and not (world / "data2").exists():
         model = (world / "data/prose/tokenizer.model").read_bytes()
         for name in "prose", "code":
             write_source(world / "data2" / name, [name + TEXT * 3] * 20, model, 0, "a test")
-    with pytest.raises(SystemExit, match=f"(?s)another past than this recipe.*{words}"):
-        run(FORK, *options, f"--fork_from={finished / 'step_00000010'}")
+    for plan in [], ["--plan"]:                      # a plan refuses what it can already see
+        with pytest.raises(SystemExit, match=f"(?s)another past than this recipe.*{words}"):
+            run(FORK, *options, f"--fork_from={finished / 'step_00000010'}", *plan)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_fork_may_change_its_future(run, finished, tmp_path):
     """Sources that only the parent's later stages read are no part of the past, nor is how it
-    runs."""
+    runs; and a past said in other words is the same."""
+    same = FORK.replace("640,", "639,", 1).replace('"prose": 1}', '"prose": 3}, "ramp": 0')
+    assert "forking" in run(same, f"--fork_from={finished / 'step_00000010'}")
+    shutil.rmtree(tmp_path / "out")
     printed = run(FORK.replace("code", "prose").replace('"prose": 0.1, ', ""), "--micro_batch=1",
                   f"--fork_from={finished / 'step_00000010'}")
     assert "micro_batch was [2, 2, 2] before and is [1, 1, 1] now" in printed
@@ -518,13 +525,15 @@ def test_only_the_end_of_a_stage_is_a_fork(run, finished, tmp_path):
     state has no moments to go on with."""
     fork = [FORK, "--fork_from"]
     for path, words in ((finished / "step_00000032", "step 32, within a stage.*10, 30, 35"),
-                        (finished, f"no checkpoint of a run: name one, such as {finished}/step_"),
-                        (tmp_path / "nothing", "nothing is no checkpoint of a run")):
+                        (finished, f"is no checkpoint: name the end of a stage, {finished}/step_"
+                                   f"00000010, {finished}/step_00000030, {finished}/step_00000035"),
+                        (finished / "step_00000012", f"a stage, {finished}/step_00000010"),
+                        (tmp_path / "no", "no is no checkpoint: .* train up to it first$")):
         with pytest.raises(SystemExit, match=words):
             run(*fork[:-1], f"{fork[-1]}={path}")
     broken = shutil.copytree(finished / "step_00000010", tmp_path / "step_00000010")
     (broken / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="model.safetensors is damaged"):
+    with pytest.raises(SystemExit, match="fork_from .*model.safetensors is damaged.*restore it"):
         run(FORK, f"--fork_from={broken}")
     assert not (tmp_path / "out").exists()
 
@@ -557,7 +566,7 @@ def test_weights_that_do_not_fit_are_refused(run, finished, world, tmp_path):
     weights = f"--init_from={finished / 'step_00000035'}"
     for options, words in (
             (["--d_ff=64", "--rope_theta=5e5", weights], "d_ff: 48 there, 64 here.*rope_theta"),
-            ([f"--init_from={finished}"], f"a run, name a checkpoint, such as {finished}/step_"),
+            ([f"--init_from={finished}"], f"a run: name a checkpoint, such as {finished}/step_"),
             ([f"--init_from={tmp_path / 'no'}"], "no folder of a model: it has no config.json"),
             ([weights, "--fork_from=x"], "a run has one origin: fork_from x or init_from")):
         with pytest.raises(SystemExit, match=f"(?s){words}"):
@@ -565,6 +574,9 @@ def test_weights_that_do_not_fit_are_refused(run, finished, world, tmp_path):
     other = shutil.copytree(finished / "step_00000035", tmp_path / "other")
     (other / "tokenizer.model").write_bytes(train_tokenizer([TEXT], 310))
     with pytest.raises(SystemExit, match="tokenizer: [0-9a-f]{64} there, [0-9a-f]{64} here"):
+        run(f"--init_from={other}")
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match=f"init_from {other}: .*gpt2"):
         run(f"--init_from={other}")
     assert not (tmp_path / "out").exists()
 
@@ -576,7 +588,7 @@ def test_the_plan_is_what_a_run_does(finished, world, monkeypatch, capsys):
     """A plan that reckons otherwise than the loop is worse than none: steps, tokens, micro-batches,
     learning rates, sequences of each source, checkpoints, size."""
     monkeypatch.chdir(world)
-    cfg, stages = read_recipe(["config_tiny.py", "--plan"], PlanConfig)
+    cfg, stages = read_recipe(["config_tiny.py", "--plan"])
     plan, lines = train.plan(cfg, stages), records(finished)
     state = json.loads((finished / "step_00000035/training/state.json").read_text())
     assert plan["ends"] == list({r["stage"]: r["step"] for r in lines[1:]}.values())
@@ -596,7 +608,7 @@ def test_the_plan_is_what_a_run_does(finished, world, monkeypatch, capsys):
     printed = re.sub(" +", " ", capsys.readouterr().out)
     for words in (f"2 20 1,280 64 1 x 2 x 2 x 16 30 {lines[30]['lr']:.2e}\n", "35 2,560",
                   "prose 640 720 320 1,680",
-                  "0.36 GPU-hours, 21.3 minutes on 1, at 2 tokens/s each = 4.57e-07 TFLOP/s, as given",
+                  "0.36 GPU-hours, 21.3 minutes on 1, at 2 tokens/s each = 4.57e-07 TFLOP/s, as",
                   "stage 2 comes to its mixture by a ramp of 320 tokens"):
         assert words in printed
 
@@ -618,13 +630,14 @@ def test_the_plan_has_the_papers_hours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([str(HERE / "config_v1.py"), "--plan", "--gpus=16", "--stages=[{'tokens': 300e9, "
                 "'batch': 2097152, 'mixture': {'slimpajama': 1}}]"])
-    assert "3,472 GPU-hours, 9.0 days on 16, at 24,000 tokens/s each = 185 TFLOP/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3,472 GPU-hours, 9.0 days on 16, at 24,000 tokens/s each = 185 TFLOP/s" in printed
 
 
 @pytest.mark.parametrize("options, words", [
     (["--gpus=3"], "batch of 4 sequences.*among 3 processes; nearest: 2 and 4"),
     (["--gpus=0"], "gpus must be at least 1, got 0"),
-    (["--tokens_per_second=-1"], "tokens_per_second at least 0 .*got -1"),
+    (["--tokens_per_second=-1"], "tokens_per_second must be at least 0, got -1"),
     (["--fork_from=out/x/step_00000011"], "step_00000011 is not at the end of a stage.*00000010"),
     (["--vocab_size=9"], "vocab_size 9 is below that of the data, 320"),
     (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1")])
@@ -655,7 +668,9 @@ def stage(**changes):
     (["--seed=-1"], "seed"), (["--learning_rate=nan"], "learning_rate"),
     (["--rope_theta=0"], "rope_theta must be above 0, got 0.0"),
     (["--warmup_steps=40"], "warmup_steps 40"), (["--learning_rte=1"], "nearest: learning_rate"),
-    (["--micro_batch=0"], "micro_batch must be above 0"),
+    (["--micro_batch=0"], "micro_batch must be above 0"), (["--gpus=4"], "go with --plan"),
+    (["--out_dir=config_tiny.py"], "out_dir config_tiny.py is a file"),
+    (["--stages=[{'tokens': 640"], "is no Python: '{' was never closed"),
     (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"),
     (["--data=prose:0"], "not all zero"),
     ([stage(tokens=0)], "stage 1 has 0 tokens in batches of 64"),
@@ -663,6 +678,7 @@ def stage(**changes):
     ([stage(mixture={"prose": 1, "code": -0.5})], r"'code': -0.5.*none negative"),
     ([stage(mixture={"prose": 0, "code": 0})], "not all zero"),
     ([stage(mixture={"rpose": 1})], "no folder data/rpose"),
+    ([stage(mixture={"../prose": 1})], "'../prose' is no plain name"),
     ([stage(ramp=64)], "ramp of 64 tokens.*the first stage has none"),
     ([FORK.replace('0.9}}', '0.9}, "ramp": 1296}')], "ramp of 1296 tokens.*stage, 1280"),
     (["--min_lr=0.01"], "min_lr must be at least 0 and below 0.01, got 0.01")])

@@ -29,7 +29,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import file_digest
 from importlib.util import find_spec
 from itertools import accumulate
@@ -331,16 +331,18 @@ def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
     ModelError."""
     state = read_json(path / "training/state.json")
-    if not {"files", "recipe", "sources", "run"} <= set(state):
+    if (not {"files", "recipe", "sources", "run", "step"} <= set(state)
+            or not {"stages", "context"} <= set(state["recipe"])):
         raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
         file = path / name
         if not file.is_file():
             raise ModelError(f"{path} lacks {name}")
-        if file.stat().st_size != about["bytes"] or digest(file) != about["sha256"]:
-            raise ModelError(
-                f"{file} is damaged: {file.stat().st_size} bytes, and {about['bytes']} were written"
-                + (", of other content" if file.stat().st_size == about["bytes"] else ""))
+        if file.stat().st_size != about["bytes"]:
+            raise ModelError(f"{file} is damaged: it has {file.stat().st_size} bytes, "
+                             f"and {about['bytes']} were written")
+        if digest(file) != about["sha256"]:
+            raise ModelError(f"{file} is damaged: its bytes are not those that were written")
     return state
 
 
@@ -384,22 +386,30 @@ class PlanConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gpus < 1 or not 0 <= self.tokens_per_second < math.inf:
-            sys.exit(f"gpus must be at least 1, got {self.gpus}, and tokens_per_second at least 0 "
-                     f"(the paper's), got {self.tokens_per_second}")
+        if self.gpus < 1:
+            sys.exit(f"gpus must be at least 1, got {self.gpus}")
+        if not 0 <= self.tokens_per_second < math.inf:
+            sys.exit(f"tokens_per_second must be at least 0, got {self.tokens_per_second}")
 
 
 def plan(cfg, stages):
-    """What training will do, as a dict, from the recipe alone. A source that is there is read, for
-    its epochs, and refused as training would refuse it; one that is not may be missing."""
+    """What training will do, as a dict, from the recipe alone. The data and what it forks or starts
+    from may be missing; what is there is refused as training would refuse it."""
     names, ends = names_of(stages), stage_ends(stages)
     cfg, there, _ = read_sources(cfg, [n for n in names if (Path(cfg.data_dir) / n).is_dir()])
-    start = 0
-    if cfg.fork_from:
-        start = next((end for end in ends if Path(cfg.fork_from).name == f"step_{end:08d}"), None)
+    start, path = 0, Path(cfg.fork_from)
+    if cfg.fork_from and (path / "training/state.json").exists():
+        state = read_json(path / "training/state.json")
+        cfg = replace(cfg, vocab_size=cfg.vocab_size or state["recipe"]["vocab_size"])
+        start = check_fork(path, state, {"recipe": recipe_of(cfg),
+                                         "sources": state["sources"] | facts(there)})
+    elif cfg.fork_from:
+        start = next((end for end in ends if path.name == f"step_{end:08d}"), None)
         if start is None:
-            sys.exit(f"fork_from {cfg.fork_from} is not at the end of a stage of this recipe: "
+            sys.exit(f"fork_from {path} is not at the end of a stage of this recipe: "
                      f"these are {', '.join(f'step_{end:08d}' for end in ends)}")
+    if cfg.init_from and cfg.vocab_size and Path(cfg.init_from).exists():
+        check_init(cfg, there)
     with torch.device("meta"):
         model = Llama(replace(cfg, vocab_size=cfg.vocab_size or ModelConfig.vocab_size))
         tinyllama = Llama(ModelConfig())
@@ -454,7 +464,7 @@ def announce_plan(cfg, stages, plan):
           f"{in_bytes((stay + 1) * size)} of room, with one being written")
     print(f"compute: {plan['tokens']:,} tokens to train on, "
           f"{plan['tokens'] * plan['flops_per_token']:.3g} FLOPs")
-    for rate, whose in ((plan["paper_rate"], "the paper's A100"),
+    for rate, whose in ((plan["paper_rate"], "as busy as the paper's A100"),
                         (cfg.tokens_per_second, "as given")):
         if rate:
             seconds = plan["tokens"] / rate
@@ -539,9 +549,14 @@ class Metrics:
         self.last = record
 
 
-def read_recipe(argv, cls=TrainConfig):
-    """(config, stages) of a command line, after every check that needs no data."""
-    cfg = load(argv, cls)
+def read_recipe(argv):
+    """(config, stages) of a command line, after every check that needs no data. The config is a
+    PlanConfig where a plan is wanted."""
+    cfg = load(argv, PlanConfig)
+    if not cfg.plan:
+        if cfg.gpus != 1 or cfg.tokens_per_second:
+            sys.exit("gpus and tokens_per_second go with --plan")
+        cfg = TrainConfig(**recipe_of(cfg))
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
     if not recipes and not cfg.stages:
         sys.exit("usage: python train.py RECIPE.py [--key=value ...] [--plan], e.g. "
@@ -554,6 +569,8 @@ def read_recipe(argv, cls=TrainConfig):
             {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": mixture_of(cfg.data)}
             for stage in cfg.stages])
         stages = parse_stages(cfg.stages, cfg.context)
+    if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
+        sys.exit(f"out_dir {cfg.out_dir} is a file: name a folder, or what is to become one")
     if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
         sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does, which has "
                  f"{sum(stage.steps for stage in stages)} steps")
@@ -579,6 +596,11 @@ def read_sources(cfg, names):
                      f"{source.header.vocab_size}: leave it out, or tokenize with another")
         cfg = replace(cfg, vocab_size=cfg.vocab_size or source.header.vocab_size)
     return cfg, train, {name: source for name, source in val.items() if source.windows}
+
+
+def recipe_of(cfg):
+    """The keys of a recipe, {key: value}, without what --plan adds."""
+    return {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
 
 
 def names_of(stages):
@@ -614,71 +636,98 @@ def find_checkpoint(out_dir, description):
     except ModelError as error:
         sys.exit(f"{error}\nRemove {found[-1]} to "
                  + (f"continue from {found[-2]}" if found[:-1] else "start over"))
-    theirs, ours = ({key: value for key, value in d["recipe"].items() if key not in FREE}
-                    | {"sources": d["sources"]} for d in (state, description))
-    if differing(theirs, ours):
-        sys.exit("\n".join([f"{found[-1]} was trained by another recipe:",
-                            *differing(theirs, ours), "Take the same, or another --out_dir"]))
+    lines = differing(*(past(d, math.inf) for d in (state, description)))
+    if lines:
+        sys.exit("\n".join([f"{found[-1]} was trained by another recipe:", *lines,
+                            "Take the same, or another --out_dir"]))
     note_rounding(state, description)
     return found[-1], state
 
 
 def past(description, step):
-    """All that a run's weights at `step`, the end of one of its stages, and what Adam makes of them
-    next depend on: {what: value}."""
-    recipe = description["recipe"]
+    """{what: value} of all that a run's weights at `step`, the end of one of its stages, and Adam's
+    use of them from there depend on; of the whole run for infinity."""
+    recipe, sources = description["recipe"], description["sources"]
     stages = parse_stages(recipe["stages"], recipe["context"])
-    k = bisect_left(stage_ends(stages), step) + 1
+    done = stages[:bisect_left(stage_ends(stages), step) + 1]
     return {key: value for key, value in recipe.items() if key not in FREE | {"stages"}} | {
-        "tokens of the learning-rate curve": tokens_after(stages, math.inf, recipe["context"])} | {
-        f"stage {i}": stage for i, stage in enumerate(recipe["stages"][:k], 1)} | {
-        f"source {name}": description["sources"].get(name) for name in names_of(stages[:k])}
+        f"stage {k}": stage for k, stage in enumerate(done, 1)} | {
+        f"{what} of {name}": value for name in names_of(done)
+        for what, value in sources.get(name, {}).items()} | {
+        "tokens of the learning-rate curve": tokens_after(stages, math.inf, recipe["context"])}
 
 
 def find_fork(path, description):
-    """(path, state) of the checkpoint to fork from, if this recipe could have written it at the end
+    """(path, state) of the checkpoint to fork from, which this recipe could have written at the end
     of a stage. Exits with what differs."""
     if not (path / "training/state.json").exists():
-        sys.exit(f"fork_from {path} is no checkpoint of a run: name one, such as "
-                 f"{newest(path) or 'out/base/step_00817436'}, and train up to it first"
+        run = path if checkpoints(path) else path.parent
+        sys.exit(f"fork_from {path} is no checkpoint: name the end of a stage, "
+                 + (", ".join(map(str, ends_in(run))) or "and train up to it first")
                  + ("; the weights of a model alone: --init_from" if path.is_dir() else ""))
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except ModelError as error:
+        sys.exit(f"fork_from {error}: restore it, or train up to it again")
+    check_fork(path, state, description)
+    note_rounding(state, description)
+    return path, state
+
+
+def ends_in(run):
+    """The checkpoints of a run's folder that were written at the end of a stage."""
+    found = checkpoints(run)
+    for path in reversed(found.values()):
+        with suppress(ModelError, KeyError, TypeError):
+            recipe = read_json(path / "training/state.json")["recipe"]
+            ends = stage_ends(parse_stages(recipe["stages"], recipe["context"]))
+            return [found[end] for end in ends if end in found]
+    return []
+
+
+def check_fork(path, state, description):
+    """The step of a checkpoint, if a run so described can fork from it. Exits with what differs."""
     ends = stage_ends(parse_stages(state["recipe"]["stages"], state["recipe"]["context"]))
     if state["step"] not in ends:
         sys.exit(f"{path} was written at step {state['step']}, within a stage: a fork starts where "
                  f"one ends, and that run's end at {', '.join(map(str, ends))}")
-    theirs, ours = past(state, state["step"]), past(description, state["step"])
-    if differing(theirs, ours):
-        sys.exit("\n".join([f"{path} has another past than this recipe:", *differing(theirs, ours),
+    lines = differing(*(past(d, state["step"]) for d in (state, description)))
+    if lines:
+        sys.exit("\n".join([f"{path} has another past than this recipe:", *lines,
                             "Make these the same; or take the weights alone, --init_from"]))
-    note_rounding(state, description)
-    return path, state
+    return state["step"]
 
 
 def check_init(cfg, sources):
     """Exits where the weights in cfg.init_from are of another shape or tokenizer."""
     path = Path(cfg.init_from)
     if not (path / "config.json").exists():
-        sys.exit(f"init_from {path} is no folder of a model: it has no config.json"
-                 + (f"; it is a run, name a checkpoint, such as {newest(path)}"
-                    if checkpoints(path) else ""))
+        sys.exit(f"init_from {path} is no folder of a model: it has no config.json. "
+                 + (f"It is a run: name a checkpoint, such as {newest(path)}" if checkpoints(path)
+                    else "A model from the hub has to be downloaded first"))
+    try:
+        there = config_from_hf(read_json(path / "config.json"))
+    except ModelError as error:
+        sys.exit(f"init_from {path}: {error}")
     keys = {f.name for f in fields(ModelConfig)} - {"context"}         # no weight depends on it
-    theirs, ours = ({key: value for key, value in asdict(c).items() if key in keys}
-                    for c in (config_from_hf(read_json(path / "config.json")), cfg))
+    theirs, ours = ({key: getattr(c, key) for key in keys} for c in (there, cfg))
     tokenizer = path / "tokenizer.model"
-    if tokenizer.exists():
+    if tokenizer.exists() and sources:
         theirs["tokenizer"] = digest(tokenizer)
         ours["tokenizer"] = next(iter(sources.values())).header.tokenizer
-    if differing(theirs, ours):
-        sys.exit("\n".join([f"the weights in {path} do not fit this recipe:",
-                            *differing(theirs, ours), "Change the recipe's keys to those there"]))
+    lines = sorted(differing(theirs, ours))
+    if lines:
+        sys.exit("\n".join([f"the weights in {path} are not of this recipe's model:", *lines,
+                            "Only weights of the same shape and tokenizer can be taken"]))
 
 
 def find_start(cfg, train, description):
-    """(checkpoint to go on from, its step): the newest of this run, else the one to fork from, else
-    (None, 0). Adds to the description where the run came from."""
+    """(checkpoint to go on from, its step, whether it is this run's own): the newest of this run,
+    else the one to fork from, else (None, 0, False). Adds to the description where the run came
+    from."""
     path, state = find_checkpoint(Path(cfg.out_dir), description)
-    if path:
+    own = path is not None
+    if own:
         description["origin"] = state.get("origin")
     elif cfg.fork_from:
         path, state = find_fork(Path(cfg.fork_from), description)
@@ -688,7 +737,7 @@ def find_start(cfg, train, description):
         check_init(cfg, train)
         description["origin"] = {"init_from": cfg.init_from, "weights": {
             file.name: digest(file) for file in safetensors_files(Path(cfg.init_from))}}
-    return path, state["step"] if state else 0
+    return path, state["step"] if state else 0, own
 
 
 def commit():
@@ -704,14 +753,19 @@ def commit():
         return None
 
 
+def facts(sources):
+    """What state.json records of sources, enough to see that others are not the same."""
+    return {name: {"windows": source.windows, "tokenizer": source.header.tokenizer} | source.info
+            for name, source in sources.items()}
+
+
 def describe(cfg, stages, train, device, dtype, compiled):
     """What state.json records of a run: its recipe, its data, where its weights came from, and what
     decides its rounding."""
     micro = [split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages]
     return {
-        "recipe": asdict(cfg),
-        "sources": {name: {"windows": source.windows, "tokenizer": source.header.tokenizer}
-                    | source.info for name, source in train.items()},
+        "recipe": recipe_of(cfg),
+        "sources": facts(train),
         "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
                 "compile": compiled, "micro_batch": micro},
         "origin": None,
@@ -735,14 +789,13 @@ def announce(cfg, stages, model, card, description, why_dtype, why_compiled):
 
 
 def main(argv):
-    if {"--plan", "--help", "-h"} & set(argv):
-        cfg, stages = read_recipe(argv, PlanConfig)
+    cfg, stages = read_recipe(argv)
+    if isinstance(cfg, PlanConfig):
         return announce_plan(cfg, stages, plan(cfg, stages))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
                  "start it with python")
     stop = Stop()
-    cfg, stages = read_recipe(argv)
     cfg, train, val = read_sources(cfg, names_of(stages))
     steps, out_dir = sum(stage.steps for stage in stages), Path(cfg.out_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -753,7 +806,7 @@ def main(argv):
     compiled, why_compiled = choose_compile(cfg, device,
                                             flops * tokens_after(stages, steps, cfg.context))
     description = describe(cfg, stages, train, device, dtype, compiled)
-    path, first = find_start(cfg, train, description)
+    path, first, own = find_start(cfg, train, description)
     if first == steps:
         print(f"{path} is the end of this recipe, all {steps} steps are done: "
               f"python sample.py {path}")
@@ -767,7 +820,6 @@ def main(argv):
     torch.manual_seed(cfg.seed)
     model = parallelize(model, device, compiled).init_weights()
     optimizer = build_optimizer(model, cfg)
-    own = path and path.parent == out_dir
     if path:
         print(f"{'continuing' if own else 'forking'} from {path}")
         resume(path, model, optimizer)
