@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
 
 def rotary(start, stop, head_dim, theta, device):
@@ -298,13 +298,14 @@ class Llama(nn.Module):
         attn = sum(12 * m.o.in_features * T for m in self.modules() if isinstance(m, Attention))
         return 6 * sum(p.numel() for p in self.parameters()) + attn
 
-    def save_pretrained(self, folder, bos_id=1, eos_id=2):
+    def save_pretrained(self, folder, bos_id=1, eos_id=2, tensors=None):
         """Writes config.json, generation_config.json and model.safetensors as `transformers`, vLLM
-        and llama.cpp's converter read them."""
+        and llama.cpp's converter read them. `tensors` {name: tensor} stand in for parameters of
+        which this process holds a part only."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {hf_name(name): p.detach().cpu().contiguous()
-                   for name, p in self.named_parameters()}
+                   for name, p in (tensors or dict(self.named_parameters())).items()}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         write_json(folder / "config.json", hf_config(self.config) | tokens | {"torch_dtype": dtype})
@@ -331,20 +332,21 @@ class Llama(nn.Module):
         return model
 
     @torch.no_grad()
-    def load_tensors(self, folder):
+    def load_tensors(self, folder, part=lambda p: (p, slice(None))):
         """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a
-        time."""
+        time. `part` gives of a parameter the tensor to fill and the rows that belong there."""
         missing, unknown = {hf_name(name): p for name, p in self.named_parameters()}, []
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
                         if name in missing:
-                            p, tensor = missing.pop(name), file.get_tensor(name)
-                            if tensor.shape != p.shape:
-                                raise ModelError(f"{path}: {name} is {tuple(tensor.shape)}, "
+                            p, tensor = missing.pop(name), file.get_slice(name)
+                            if tuple(tensor.get_shape()) != p.shape:
+                                raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
                                                  f"but config.json makes it {tuple(p.shape)}")
-                            p.copy_(tensor)
+                            own, rows = part(p)
+                            own.copy_(tensor[rows])
                         elif not name.endswith(DERIVED[:1 + self.config.tie_embeddings]):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:

@@ -206,7 +206,7 @@ def step_of(world, micro, dtype=torch.float32, **changes):
     windows, found = {name: source.windows for name, source in sources.items()}, []
     for step in range(10):
         x, y = read_batch(sources, sequences(stages, windows, cfg.seed, step), torch.device("cpu"))
-        found.append(train_step(model, optimizer, x, y, 1e-2, micro, dtype, cfg.grad_clip))
+        found.append(train_step(model, optimizer, x, y, 1e-2, micro, dtype, cfg.grad_clip)[:2])
     return torch.tensor(found), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -234,7 +234,7 @@ def test_clipping_bounds_the_step(world):
     before = [p.detach().clone() for p in model.parameters()]
     x, y = read_batch(sources, sequences(stages, {n: s.windows for n, s in sources.items()}, 0, 0),
                       torch.device("cpu"))
-    _, norm = train_step(model, torch.optim.SGD(model.parameters()), x, y, 1.0, 4, torch.float32,
+    _, norm, _ = train_step(model, torch.optim.SGD(model.parameters()), x, y, 1.0, 4, torch.float32,
                          0.01)
     moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before)]).norm()
     assert norm > 0.1 and moved.item() == pytest.approx(0.01, rel=1e-2)
@@ -247,7 +247,7 @@ def test_weights_stay_where_a_loss_is_not_finite(world):
         model.norm.weight[0] = math.inf
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.zeros(4, 16, dtype=torch.long)
-    loss, norm = train_step(model, optimizer, x, x, 1.0, 4, torch.float32, 1.0)
+    loss, _, _ = train_step(model, optimizer, x, x, 1.0, 4, torch.float32, 1.0)
     assert not math.isfinite(loss) and all(
         torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
@@ -715,13 +715,6 @@ def test_a_source_without_validation_trains(run, world, tmp_path):
             and "val_loss" not in records(tmp_path / "out")[-1])
 
 
-def test_more_than_one_process_is_refused(run, monkeypatch):
-    """Two processes that each believe to be alone would write the same files."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="one process"):
-        run()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_losses_follow_the_cpus(world):
     """The same batches on a GPU in bf16, compiled or not, must train to the same losses."""
@@ -733,7 +726,7 @@ def test_gpu_losses_follow_the_cpus(world):
         x, y = read_batch(
             sources, sequences(stages, {n: s.windows for n, s in sources.items()}, cfg.seed, step),
             torch.device("cuda"))
-        loss, _ = train_step(model, optimizer, x, y, 1e-2, 4, torch.bfloat16, cfg.grad_clip)
+        loss, _, _ = train_step(model, optimizer, x, y, 1e-2, 4, torch.bfloat16, cfg.grad_clip)
         assert abs(loss - expected[step, 0].item()) < 0.05
 
 

@@ -16,6 +16,7 @@ if it had been its own from the start, if up to there the two are the same.
 
 says what a recipe will do, without doing it: steps, tokens and epochs, checkpoints, hours.
 """
+import fcntl
 import json
 import math
 import os
@@ -23,13 +24,16 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from hashlib import file_digest
 from importlib.util import find_spec
 from itertools import accumulate
@@ -37,8 +41,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from config import load
@@ -69,7 +78,9 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.95
     grad_clip: float = 1.0                       # largest norm of the gradient
     # how it runs: what comes out is the same but for rounding
-    micro_batch: int = 8                         # most sequences at once
+    strategy: str = "auto"                       # of many processes: ddp, fsdp, hsdp
+    micro_batch: int = 8                         # most sequences a GPU takes at once
+    activation_checkpointing: bool = False       # a third more computing for a tenth of the memory
     dtype: str = "auto"                          # of the computation: float32, bfloat16, auto
                                                  # (bfloat16 where hardware has it)
     compile: bool | None = None                  # None: where it pays
@@ -94,14 +105,17 @@ class TrainConfig(ModelConfig):
                 sys.exit(f"{key} must be at least 0 and below {limit}, got {getattr(self, key)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             sys.exit(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.strategy not in ("auto", "ddp", "fsdp", "hsdp"):
+            sys.exit(f"strategy must be auto, ddp, fsdp or hsdp, got {self.strategy!r}")
         if self.fork_from and self.init_from:
             sys.exit(f"a run has one origin: fork_from {self.fork_from} or init_from "
                      f"{self.init_from}; --fork_from= takes back the recipe's")
 
 
 # keys that change what is written or how fast, and nothing that is learned but by rounding
-FREE = {"data_dir", "out_dir", "fork_from", "init_from", "micro_batch", "dtype", "compile",
-        "log_every", "eval_every", "eval_tokens", "save_every", "keep", "keep_every"}
+FREE = {"data_dir", "out_dir", "fork_from", "init_from", "strategy", "micro_batch",
+        "activation_checkpointing", "dtype", "compile", "log_every", "eval_every", "eval_tokens",
+        "save_every", "keep", "keep_every"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,15 +213,141 @@ def memory_used(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# The step
+# Many processes
 
-def parallelize(model, device, compiled):
-    """What is put on a model from outside before its weights have memory; then the memory."""
-    if compiled:          # each block, not the whole: alike, they share one graph, compiled once
-        torch._dynamo.config.recompile_limit = 64       # a graph for each size of a micro-batch
-        for block in model.blocks:
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, one a GPU; alone, rank 0 of 1 runs the same code."""
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    node: int = 1                                # how many of them are on each machine
+
+
+def join():
+    """The World that torchrun started this process in, or a world of one."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if "RANK" not in os.environ:
+        return World(device)
+    rank, size, local, node = (int(os.environ[key]) for key in
+                               ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"{node} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                     "torchrun --nproc-per-node takes as many as there are")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(device, rank, size, node)
+
+
+def agree(world, decide):
+    """What `decide()` returns on rank 0, on every rank. Where it exits, all do."""
+    if world.size == 1:
+        return decide()
+    answer = [None, None]
+    if world.rank == 0:
+        try:
+            answer[0] = decide()
+        except (SystemExit, DataError, ModelError, OSError) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        sys.exit(answer[1] if world.rank == 0 else 1)
+    return answer[0]
+
+
+def choose_strategy(cfg, world, parameters, memory):
+    """(ddp, fsdp, hsdp or none, why)."""
+    if not dist.is_initialized():
+        if cfg.strategy != "auto":
+            sys.exit(f"strategy {cfg.strategy} is one of processes that torchrun starts: "
+                     "torchrun --nproc-per-node=N train.py ...")
+        return "none", "one process"
+    if cfg.strategy == "hsdp" and world.size == world.node:
+        sys.exit(f"strategy hsdp needs several machines, and all {world.size} processes are on one:"
+                 " take fsdp")
+    if cfg.strategy != "auto":
+        return cfg.strategy, "as asked"
+    state = 16 * parameters
+    if state < 0.4 * memory:
+        return "ddp", f"{in_bytes(state)} of state fit each GPU's {in_bytes(memory)}"
+    return ("hsdp" if world.size > world.node else "fsdp",
+            f"{in_bytes(state)} of state are much for each GPU's {in_bytes(memory)}")
+
+
+def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=False,
+                activation_checkpointing=False):
+    """Puts on a model that has no memory yet all that it does not know of, gives it memory, and
+    returns what to call in its place. Weights are set afterwards, in the model itself.
+
+    The order matters. Checkpointing is inside what is compiled. Each block is compiled for itself:
+    alike, they share one graph. What is sharded is wrapped from the inside out, each block before
+    the root, so that one block's weights are gathered while the one before computes, and only
+    embedding, norm and head belong to the root. DDP comes last: it reads the weights' memory.
+    """
+    for block in model.blocks:
+        if activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64       # a graph for each size of a micro-batch
             block.compile(fullgraph=True, dynamic=False)  # never by the order in which shapes come
-    return model.to_empty(device=device)
+    if strategy in ("fsdp", "hsdp"):
+        nodes = world.size // world.node if strategy == "hsdp" else 1
+        mesh = dist.init_device_mesh(world.device.type, (nodes, world.size // nodes),
+                                     mesh_dim_names=("replicate", "shard"))
+        # blocks are gathered in the dtype they compute in; the root in fp32, as is the residual
+        for module in (*model.blocks, model):
+            gathered = dtype if module is not model else torch.float32
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(
+                gathered, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    model.to_empty(device=world.device)
+    if strategy == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+def own_part(p):
+    """(what of a parameter or its moments this process holds, the rows of the whole it is)."""
+    if not isinstance(p, DTensor):
+        return p, slice(None)
+    mesh, own = p.device_mesh, p.to_local()
+    first = -(-p.shape[0] // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1)
+    return own, slice(first, first + own.shape[0])
+
+
+def whole_tensor(p):
+    """A parameter with the parts of all processes, which must all ask for it."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+@torch.no_grad()
+def init_weights(model, cfg):
+    """Draws the initial weights: each process all of them, and keeps its own, so that they are the
+    same for any number of processes."""
+    torch.manual_seed(cfg.seed)
+    if not isinstance(model, FSDPModule):
+        return model.init_weights()
+    with torch.device(model.embed.weight.device):
+        drawn = Llama(cfg).init_weights()
+    for p, all_of_p in zip(model.parameters(), drawn.parameters()):
+        own, rows = own_part(p)
+        own.copy_(all_of_p[rows])
+    return model
+
+
+def reduce_gradients(model, last):
+    """The context of a micro-batch's backward pass. Gradients are summed over the processes with
+    the last one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------
+# The step
 
 
 def precision(device, dtype):
@@ -230,27 +370,34 @@ def read_batch(sources, rows, device):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip):
-    """One optimizer step on x, y (rows, T) in micro-batches of `micro` rows. (mean loss, norm of
-    the gradient), as floats; where one of them is not finite the weights are left as they were."""
+def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
+    """One optimizer step on x, y (rows, T), this process's part of the batch, in micro-batches of
+    `micro` rows. (mean loss of the whole batch, norm of its gradient, whether any process wishes to
+    stop); where a number is not finite the weights of all are left as they were."""
     total = torch.zeros((), device=x.device)
-    for xs, ys in zip(x.split(micro), y.split(micro)):
-        with precision(x.device, dtype):
-            loss = model(xs, ys) * (len(xs) / len(x))
-        loss.backward()
+    parts = list(zip(x.split(micro), y.split(micro)))
+    for i, (xs, ys) in enumerate(parts):
+        with reduce_gradients(model, last=i == len(parts) - 1):
+            with precision(x.device, dtype):
+                loss = model(xs, ys) * (len(xs) / len(x))
+            loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    loss, norm = torch.stack((total, norm)).tolist()    # the only wait for the device in a step
+    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    numbers = torch.stack((total, norm, torch.full_like(total, bool(stop))))
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+        numbers /= dist.get_world_size()
+    loss, norm, stop = numbers.tolist()                 # the only wait for the device in a step
     if math.isfinite(loss) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, norm, stop > 0
 
 
 @torch.no_grad()
-def evaluate(model, sources, cfg, device, dtype):
+def evaluate(model, sources, cfg, world, dtype):
     """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each
     validation part, the same windows every time, spread evenly over it. Bits per byte do not depend
     on the tokenizer, nats per token do; the whole part's tokens and bytes turn one to the other."""
@@ -258,13 +405,20 @@ def evaluate(model, sources, cfg, device, dtype):
     for name, source in sources.items():
         n = min(source.windows, max(1, cfg.eval_tokens // source.context))
         rows = [(name, i * source.windows // n) for i in range(n)]
-        total = 0.0
-        for i in range(0, n, cfg.micro_batch):
-            x, y = read_batch(sources, rows[i:i + cfg.micro_batch], device)
-            with precision(device, dtype):
-                total += model(x, y).item() * len(x) / n
-        losses[name] = total
-        bits[name] = total / math.log(2) * source.info["tokens"] / source.info["bytes"]
+        total = torch.zeros((), device=world.device)
+        for i in range(0, n, cfg.micro_batch * world.size):
+            group = rows[i:i + cfg.micro_batch * world.size]
+            part = group[world.rank::world.size]
+            # one without a row left computes with the others, whom FSDP would have wait, for nothing
+            x, y = read_batch(sources, part or group[:1], world.device)
+            with precision(world.device, dtype):
+                total += model(x, y) * (len(part) / n)
+        if isinstance(model, FSDPModule):
+            model.reshard()       # the root's parameters stay gathered without a backward pass
+        if world.size > 1:
+            dist.all_reduce(total)
+        losses[name] = total.item()
+        bits[name] = losses[name] / math.log(2) * source.info["tokens"] / source.info["bytes"]
     return losses, bits
 
 
@@ -274,20 +428,27 @@ def evaluate(model, sources, cfg, device, dtype):
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
-def save(step, model, optimizer, cfg, state, sources):
-    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed."""
+def save(step, model, optimizer, cfg, state, sources, world):
+    """Writes out_dir/step_00000000/, whole or not at all: under another name, then renamed. All
+    processes gather each tensor in turn, and the first one writes."""
+    weights, moments = {}, {}
+    for name, p in model.named_parameters():
+        kept = {"": p, **{f".{key}": value for key, value in optimizer.state[p].items()}}
+        for key, value in kept.items():
+            value = whole_tensor(value.detach())
+            if world.rank == 0:
+                (moments if key else weights)[(hf_name(name) if key else name) + key] = value.cpu()
+    if world.rank:
+        return
     path = Path(cfg.out_dir) / f"step_{step:08d}"
     temporary = path.with_suffix(".tmp")
     name, source = next(iter(sources.items()))                      # all have the same tokenizer
-    (temporary / "training").mkdir(parents=True)
     try:
-        model.save_pretrained(temporary, source.header.bos_id, source.header.eos_id)
+        (temporary / "training").mkdir(parents=True)
+        model.save_pretrained(temporary, source.header.bos_id, source.header.eos_id, weights)
         for file in TOKENIZER_FILES:
             if (Path(cfg.data_dir) / name / file).exists():
                 shutil.copyfile(Path(cfg.data_dir) / name / file, temporary / file)
-        names = {p: hf_name(name) for name, p in model.named_parameters()}
-        moments = {f"{names[p]}.{key}": value.cpu()
-                   for p, values in optimizer.state.items() for key, value in values.items()}
         save_file(moments, temporary / "training/optimizer.safetensors")
         written = sorted(file for file in temporary.rglob("*") if file.is_file())
         described = {str(file.relative_to(temporary)):
@@ -347,13 +508,17 @@ def read_state(path):
 
 
 def resume(path, model, optimizer):
-    """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved
-    yet."""
-    model.load_tensors(path)
+    """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved yet.
+    Each process reads its own part."""
+    model.load_tensors(path, own_part)
     with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
         for name, p in model.named_parameters():
-            optimizer.state[p] = {key: file.get_tensor(f"{hf_name(name)}.{key}").to(p.device)
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+            state = optimizer.state[p]
+            state["step"] = file.get_tensor(f"{hf_name(name)}.step").to(p.device)
+            for key in "exp_avg", "exp_avg_sq":
+                state[key] = torch.empty_like(p, requires_grad=False)
+                own, rows = own_part(state[key])
+                own.copy_(file.get_slice(f"{hf_name(name)}.{key}")[rows])
 
 
 def kept(steps, cfg, ends):
@@ -495,9 +660,42 @@ def in_days(seconds):
 # --------------------------------------------------------------------------------------------------
 # The run
 
+@contextmanager
+def locked(out_dir):
+    """Keeps other runs out of a folder, by a lock that ends with this process however it ends, and
+    removes from it what a killed save left. A folder in which nothing was written goes again."""
+    made, path = not out_dir.exists(), out_dir / "lock"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for attempt in range(25):                      # a predecessor may be dying: five seconds
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break                              # else it was removed by who held it before
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+        file.close()
+        time.sleep(0.2)
+    else:
+        sys.exit(f"another run is writing {out_dir}: {holder}; stop it, or take another --out_dir")
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        file.flush()
+        for half in out_dir.glob("step_*.tmp"):
+            shutil.rmtree(half)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        if made and not any(out_dir.iterdir()):
+            out_dir.rmdir()
+
+
 class Stop:
     """True once Ctrl-C or SIGTERM came: the step is finished and saved then. A second one ends the
-    program at once."""
+    program at once; but torchrun passes on what it gets itself, so there repeats mean nothing."""
 
     def __init__(self):
         self.asked = False
@@ -505,7 +703,7 @@ class Stop:
             signal.signal(number, self)
 
     def __call__(self, number, frame):
-        if self.asked:
+        if self.asked and "RANK" not in os.environ:
             sys.exit(128 + number)
         self.asked = True
 
@@ -529,7 +727,6 @@ class Metrics:
         os.replace(path.with_suffix(".tmp"), path)
         self.file, self.peak = open(path, "a", encoding="utf-8"), tokens_per_second_at_peak
         self.tokens, self.seconds, self.given = 0, 0, Counter()
-        self.empty = not kept
 
     def took(self, rows, context, seconds):
         """Counts a step: speed and mixture are those of the steps since the last record, without
@@ -759,125 +956,181 @@ def facts(sources):
             for name, source in sources.items()}
 
 
-def describe(cfg, stages, train, device, dtype, compiled):
+def describe(cfg, stages, train, world, strategy, dtype, compiled):
     """What state.json records of a run: its recipe, its data, where its weights came from, and what
     decides its rounding."""
-    micro = [split_batch(stage.batch, 1, cfg.micro_batch)[0] for stage in stages]
+    micro = [split_batch(stage.batch, world.size, cfg.micro_batch)[0] for stage in stages]
     return {
         "recipe": recipe_of(cfg),
         "sources": facts(train),
-        "run": {"device": device.type, "dtype": str(dtype).removeprefix("torch."),
-                "compile": compiled, "micro_batch": micro},
+        "run": {"device": world.device.type, "dtype": str(dtype).removeprefix("torch."),
+                "compile": compiled, "micro_batch": micro, "processes": world.size,
+                "strategy": strategy},
         "origin": None,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 
 
-def announce(cfg, stages, model, card, description, why_dtype, why_compiled):
-    """Prints what was derived and decided, with the reasons, before anything is computed."""
-    run = description["run"]
-    flash = flash_attn_func and run["device"] == "cuda" and run["dtype"] == "bfloat16"
-    print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
-    print(f"{run['dtype']}: {why_dtype}; {'' if run['compile'] else 'not '}compiled: "
-          f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{model.flops_per_token():,} FLOPs a token")
-    for k, (stage, micro) in enumerate(zip(stages, run["micro_batch"]), 1):
-        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = "
-              f"{stage.batch // micro} x {micro} sequences of {cfg.context}; "
-              + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
+def memory_needed(model, cfg, shards, micro, dtype):
+    """(bytes of weights, gradients and moments, bytes of a micro-batch) of one process, counted, of
+    a model on the meta device. An upper estimate: a compiler keeps less.
+
+    Of a token, a block keeps for its backward pass its input and the sum behind its attention in
+    fp32, and in `dtype` the input of each product, the rotated q, k and v, and the three vectors
+    of the feed-forward network; the loss keeps logits and their gradient, in dtype and in fp32.
+    """
+    parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
+    C, F, kv = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim
+    block = 2 * 4 * C + size * (4 * C + 2 * kv + 4 * F)
+    blocks = 4 * C * cfg.n_layer + block if cfg.activation_checkpointing else block * cfg.n_layer
+    return 16 * parameters // shards, micro * cfg.context * (
+        blocks + 2 * (4 + size) * cfg.vocab_size)
+
+
+def memory_there(device):
+    """Bytes of memory: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(argv):
     cfg, stages = read_recipe(argv)
     if isinstance(cfg, PlanConfig):
         return announce_plan(cfg, stages, plan(cfg, stages))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit(f"train.py runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
-                 "start it with python")
     stop = Stop()
     cfg, train, val = read_sources(cfg, names_of(stages))
-    steps, out_dir = sum(stage.steps for stage in stages), Path(cfg.out_dir)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    world = join()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")             # one speaks for all
+    steps, out_dir = stage_ends(stages)[-1], Path(cfg.out_dir)
     with torch.device("meta"):
         model = Llama(cfg)
-    flops = model.flops_per_token()
-    dtype, why_dtype = choose_dtype(cfg, device)
-    compiled, why_compiled = choose_compile(cfg, device,
+    flops, there = model.flops_per_token(), memory_there(world.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype, why_dtype = choose_dtype(cfg, world.device)
+    compiled, why_compiled = choose_compile(cfg, world.device,
                                             flops * tokens_after(stages, steps, cfg.context))
-    description = describe(cfg, stages, train, device, dtype, compiled)
-    path, first, own = find_start(cfg, train, description)
-    if first == steps:
-        print(f"{path} is the end of this recipe, all {steps} steps are done: "
-              f"python sample.py {path}")
-        return
-    card = (torch.cuda.get_device_name() if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads")
-    announce(cfg, stages, model, card, description, why_dtype, why_compiled)
-    for name in train.keys() - val.keys():
-        print(f"{name} has no validation part of a whole window: it trains without one")
+    strategy, why_strategy = choose_strategy(cfg, world, parameters, there)
+    description = describe(cfg, stages, train, world, strategy, dtype, compiled)
+    with ExitStack() as held:
+        path, first, own = agree(world, lambda: (held.enter_context(locked(out_dir))
+                                                 or find_start(cfg, train, description)))
+        if first == steps:
+            print(f"{path} is the end of this recipe, all {steps} steps are done: "
+                  f"python sample.py {path}")
+            return
+        card = (torch.cuda.get_device_name() if world.device.type == "cuda"
+                else f"{world.device.type}, {torch.get_num_threads()} threads")
+        flash = flash_attn_func and world.device.type == "cuda" and dtype == torch.bfloat16
+        print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
+        print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
+              f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
+        if world.size > 1:
+            print(f"{world.size} processes, {world.node} a machine; {strategy}: {why_strategy}")
+        print(f"{parameters:,} parameters, {flops:,} FLOPs a token")
+        micro = description["run"]["micro_batch"]
+        for k, stage in enumerate(stages, 1):
+            print(f"stage {k}: {stage_in_words(stage, micro[k - 1], world.size, cfg.context)}")
+        shards = {"fsdp": world.size, "hsdp": world.node}.get(strategy, 1)
+        state, activations = memory_needed(model, cfg, shards, max(micro), dtype)
+        memory = (f"memory: {in_bytes(state)} of weights, gradients and moments and at most about "
+                  f"{in_bytes(activations)} of a micro-batch, of {in_bytes(there)} a "
+                  + ("GPU" if world.device.type == "cuda" else "machine"))
+        print(memory)
+        for name in train.keys() - val.keys():
+            print(f"{name} has no validation part of a whole window: it trains without one")
 
-    torch.manual_seed(cfg.seed)
-    model = parallelize(model, device, compiled).init_weights()
-    optimizer = build_optimizer(model, cfg)
-    if path:
-        print(f"{'continuing' if own else 'forking'} from {path}")
-        resume(path, model, optimizer)
-    elif cfg.init_from:
-        print(f"starting from the weights in {cfg.init_from}")
-        model.load_tensors(Path(cfg.init_from))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for half in out_dir.glob("step_*.tmp"):
-        shutil.rmtree(half)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
-    metrics = Metrics(out_dir / "metrics.jsonl", first if own else None, peak and peak / flops)
-    last = loop(cfg, stages, train, val, model, optimizer, dtype, first, description, metrics, stop)
-    if last == steps:
-        print(f"{newest(out_dir)} is the end of the run")
-    elif newest(out_dir):
-        print(f"stopped after step {last}; the same command continues from {newest(out_dir)}")
-    else:
-        print("stopped before the first step; the same command starts again")
+        try:
+            called = parallelize(model, world, strategy, dtype, compiled,
+                                 cfg.activation_checkpointing)
+            init_weights(model, cfg)
+            optimizer = build_optimizer(model, cfg)
+            if path:
+                print(f"{'continuing' if own else 'forking'} from {path}")
+                resume(path, model, optimizer)
+            elif cfg.init_from:
+                print(f"starting from the weights in {cfg.init_from}")
+                model.load_tensors(Path(cfg.init_from), own_part)
+            peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+            metrics = world.rank == 0 and Metrics(
+                out_dir / "metrics.jsonl", first if own else None, peak and
+                peak * world.size / flops)
+            last = loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first, own,
+                        description, metrics, stop)
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"out of memory. {memory}. What helps: a --micro_batch below {max(micro)}"
+                     + (", --strategy=fsdp" if strategy == "ddp" else "")
+                     + (", --activation_checkpointing" if not cfg.activation_checkpointing else "")
+                     + f"; none changes what is learned. ({str(error).splitlines()[0]})")
+        if last == steps:
+            print(f"{newest(out_dir)} is the end of the run")
+        else:
+            print(f"stopped after step {last}; the same command continues from {newest(out_dir)}")
 
 
-def loop(cfg, stages, train, val, model, optimizer, dtype, first, description, metrics, stop):
-    """The steps from `first` on, until the last or a wish to stop. Returns how many are done."""
-    device = model.embed.weight.device
+def stage_in_words(stage, micro, ranks, context):
+    return (f"{stage.steps} steps of {stage.batch * context:,} tokens = "
+            + f"{ranks} processes x " * (ranks > 1)
+            + f"{stage.batch // micro // ranks} x {micro} sequences of {context}; "
+            + ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items()))
+
+
+def loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first, own, description,
+         metrics, stop):
+    """The steps from `first` on, until the last or a wish to stop. Returns how many are done.
+    `called` is the model in what parallelize put around it."""
     windows = {name: source.windows for name, source in train.items()}
     ends = stage_ends(stages)
     steps, total = ends[-1], tokens_after(stages, ends[-1], cfg.context)
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
-    line = {}
-    with tqdm(total=total, initial=tokens_after(stages, first, cfg.context), unit="tok",
-              unit_scale=True, disable=None) as bar:
+    line, stopping = {}, False
+
+    def batch_of(step):
+        rows = sequences(stages, windows, cfg.seed, step)
+        return rows, *read_batch(train, rows[world.rank::world.size], world.device)
+
+    with ThreadPoolExecutor(1) as ahead, tqdm(
+            total=total, initial=tokens_after(stages, first, cfg.context), unit="tok",
+            unit_scale=True, disable=True if world.rank else None) as bar:
+        upcoming = ahead.submit(batch_of, first)
         for step in range(first, steps + 1):  # one turn more, to evaluate and save the last step
             seen, new = tokens_after(stages, step, cfg.context), step > first
-            if val and (new or metrics.empty) and (step % cfg.eval_every == 0 or step in ends):
-                line["val_loss"], line["bits_per_byte"] = evaluate(model, val, cfg, device, dtype)
-            if line and (step % cfg.log_every == 0 or step in ends or "val_loss" in line):
-                metrics.write({"step": step, "tokens": seen} | line, memory_used(device))
+            if val and (new or not own) and (step % cfg.eval_every == 0 or step in ends):
+                line["val_loss"], line["bits_per_byte"] = evaluate(model, val, cfg, world, dtype)
+            if metrics and line and (step % cfg.log_every == 0 or step in ends
+                                     or "val_loss" in line):
+                metrics.write({"step": step, "tokens": seen} | line, memory_used(world.device))
                 bar.write(in_words(metrics.last, steps), file=sys.stdout)
-            if new and (step % cfg.save_every == 0 or step in ends or stop):
-                save(step, model, optimizer, cfg, description | {"tokens": seen}, train)
-                delete_old(cfg, ends)
-            if step == steps or stop:
+            if new and (step % cfg.save_every == 0 or step in ends or stopping):
+                start = time.perf_counter()
+                save(step, model, optimizer, cfg, description | {"tokens": seen}, train, world)
+                if world.rank == 0:
+                    delete_old(cfg, ends)
+                    if time.perf_counter() - start > 1:
+                        bar.write(f"saving took {time.perf_counter() - start:.1f} s",
+                                  file=sys.stdout)
+            if step == steps or stopping:
                 return step
             start = time.perf_counter()
-            rows = sequences(stages, windows, cfg.seed, step)
-            x, y = read_batch(train, rows, device)
+            rows, x, y = upcoming.result()
+            if step + 1 < steps:
+                upcoming = ahead.submit(batch_of, step + 1)
             lr = lr_at(tokens_after(stages, step + 1, cfg.context), total, warmup, cfg)
-            micro, _ = split_batch(len(rows), 1, cfg.micro_batch)
-            loss, norm = train_step(model, optimizer, x, y, lr, micro, dtype, cfg.grad_clip)
+            micro, _ = split_batch(len(rows), world.size, cfg.micro_batch)
+            loss, norm, stopping = train_step(called, optimizer, x, y, lr, micro, dtype,
+                                              cfg.grad_clip, stop)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                sys.exit(f"step {step + 1} is not finite: loss {loss}, "
+                sys.exit(1 if world.rank else f"step {step + 1} is not finite: loss {loss}, "
                          f"norm of the gradient {norm}; stopped before the weights moved. "
                          f"Last good checkpoint: {newest(Path(cfg.out_dir)) or 'none yet'}. "
                          "A smaller --learning_rate or more --warmup_steps may help")
             line = {"loss": loss, "lr": lr, "grad_norm": norm,
                     "stage": bisect_left(ends, step + 1) + 1}
-            metrics.took(rows, cfg.context, time.perf_counter() - start)
+            if metrics:
+                metrics.took(rows, cfg.context, time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update(x.numel())
+            bar.update(len(rows) * cfg.context)
 
 
 def in_words(line, steps):
@@ -897,3 +1150,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (DataError, ModelError, OSError) as error:
         sys.exit(str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()

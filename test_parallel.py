@@ -1,0 +1,405 @@
+"""Proofs of many processes: whatever their number, and however the model is spread over them, they
+train as one does. On CPUs they talk by gloo, as GPUs do by NCCL."""
+import contextlib
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from model import Llama
+from train import TrainConfig, World, choose_strategy, memory_needed
+from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
+
+BATCHES = """--stages=[{"tokens": 2560, "batch": 256, "mixture": {"prose": 1}},
+                       {"tokens": 2560, "batch": 256, "mixture": {"prose": 1, "code": 1},
+                        "ramp": 640}]"""                            # 20 steps of 16 sequences
+
+
+def launch(world, out, ranks, *options, node=None):
+    """Starts `ranks` processes as torchrun would, `node` of them (all) to a machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = node or ranks
+    return [subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), "config_tiny.py", f"--out_dir={out}", *options],
+        cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                          "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % node),
+                          "LOCAL_WORLD_SIZE": str(node)}) for rank in range(ranks)]
+
+
+def by_itself(world, out, *options):
+    """The same command in this process, which is one, without the seconds that a start takes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.chdir(world), contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main(["config_tiny.py", f"--out_dir={out}", *options])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return printed.getvalue()
+
+
+def together(*arguments, **named):
+    """What the first of the processes printed; all end well."""
+    processes = launch(*arguments, **named)
+    printed = [process.communicate(timeout=120) for process in processes]
+    for process, (_, err) in zip(processes, printed):
+        assert process.returncode == 0, err
+    assert not any(out for out, _ in printed[1:])                   # one speaks for all
+    return printed[0][0]
+
+
+def assert_same_training(out, reference):
+    """Losses and norms of every step, and evaluations, within rounding; the final weights too, by
+    their norm: Adam divides rounding by second moments that are near zero."""
+    ours, theirs = records(out), records(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs):
+        for key in "tokens", "lr", "stage", "mixture":
+            assert a.get(key) == b.get(key)
+        for key in {"loss", "grad_norm", "val_loss"} & {*a, *b}:
+            assert a[key] == pytest.approx(b[key], rel=2e-3)
+    last = max(out.glob("step_*")).name
+    a, b = weights(out / last), weights(reference / last)
+    assert a.keys() == b.keys()
+    for part in (lambda name: not name.endswith((".step", "_avg", "_avg_sq"))), (
+            lambda name: name.endswith("_avg")):
+        x, y = (torch.cat([t.flatten() for name, t in sorted(w.items()) if part(name)])
+                for w in (a, b))
+        assert (x - y).norm() < 5e-3 * y.norm()
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """One process's run of 20 steps."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    by_itself(world, out, BATCHES, "--micro_batch=16")
+    return out
+
+
+@pytest.mark.parametrize("strategy, micro, accumulated", [("ddp", 2, 4), ("fsdp", 8, 1)])
+def test_two_processes_equal_one(strategy, micro, accumulated, alone, world, tmp_path):
+    """Gradients summed for averaged, a norm of one rank's part, a loss of rank 0 alone, sequences
+    read twice: each shows against one process."""
+    printed = together(world, tmp_path / "out", 2, BATCHES, f"--strategy={strategy}",
+                       f"--micro_batch={micro}")
+    assert f"2 processes, 2 a machine; {strategy}: as asked" in printed
+    assert f"2 processes x {accumulated} x {micro} sequences of 16" in printed
+    assert_same_training(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, node, strategy, micro", [
+    (2, 2, "ddp", 8), (2, 2, "fsdp", 2), (4, 4, "ddp", 4), (4, 4, "ddp", 1), (4, 4, "fsdp", 4),
+    (4, 4, "fsdp", 1), (4, 2, "hsdp", 4), (4, 2, "hsdp", 1)])
+def test_any_world_equals_one_process(ranks, node, strategy, micro, alone, world, tmp_path):
+    """The same for four, and for machines of two each: a mesh laid out the wrong way shards across
+    machines."""
+    together(world, tmp_path / "out", ranks, BATCHES, f"--strategy={strategy}",
+             f"--micro_batch={micro}", node=node)
+    assert_same_training(tmp_path / "out", alone)
+
+
+# --------------------------------------------------------------------------------------------------
+# Continued, from any world to any other
+
+@pytest.fixture(scope="module")
+def half(alone, tmp_path_factory):
+    """half(ranks, strategy, node) is an out_dir with the first half of the 20 steps."""
+    done = {}
+
+    def half(world, ranks, strategy, node=None):
+        if (ranks, strategy) not in done:
+            out = tmp_path_factory.mktemp("half") / "out"
+            if ranks == 1:
+                by_itself(world, out, BATCHES)
+            else:
+                together(world, out, ranks, BATCHES, f"--strategy={strategy}", node=node)
+            for path in out.glob("step_*"):
+                if path.name > "step_00000010":
+                    shutil.rmtree(path)
+            done[ranks, strategy] = out
+        return done[ranks, strategy]
+    return half
+
+
+def continued(world, half, out, ranks, strategy, node=None):
+    shutil.copytree(half, out)
+    if ranks == 1:
+        printed = by_itself(world, out, BATCHES)
+    else:
+        printed = together(world, out, ranks, BATCHES, f"--strategy={strategy}", node=node)
+    assert f"continuing from {out / 'step_00000010'}" in printed
+    return printed
+
+
+def test_from_one_process_to_two(half, alone, world, tmp_path):
+    """Adam's moments read by the wrong rows, or a count forgotten, bend the curve here."""
+    printed = continued(world, half(world, 1, "none"), tmp_path / "out", 2, "fsdp")
+    assert ("processes was 1 before and is 2 now" in printed
+            and "strategy was none before and is fsdp now" in printed)
+    assert_same_training(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [
+    ((2, "ddp", 2), (2, "fsdp", 2)), ((2, "fsdp", 2), (1, "none", 1)),
+    ((4, "fsdp", 4), (1, "none", 1)), ((4, "hsdp", 2), (2, "ddp", 2)),
+    ((1, "none", 1), (4, "hsdp", 2))])
+def test_from_any_world_to_any_other(before, after, half, alone, world, tmp_path):
+    """A checkpoint that knows who wrote it ties a run to a cluster that may be gone."""
+    continued(world, half(world, *before), tmp_path / "out", *after)
+    assert_same_training(tmp_path / "out", alone)
+
+
+def test_ranks_hold_their_own_rows(world):
+    """Rows split otherwise than FSDP does it would give each rank some of its neighbour's."""
+    for rows, ranks in (5, 2), (8, 4), (3, 4), (1, 2), (7, 3):
+        whole = torch.arange(rows)
+        for rank, part in enumerate(torch.chunk(whole, ranks)):
+            first = -(-rows // ranks) * rank
+            assert whole[first:first + len(part)].equal(part)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopped, killed, refused
+
+def wait_for_steps(out, steps, processes):
+    while not (out / "metrics.jsonl").exists() or len(
+            (out / "metrics.jsonl").read_text().splitlines()) <= steps:
+        assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+        time.sleep(0.01)
+
+
+LONG = """--stages=[{"tokens": 12800, "batch": 64, "mixture": {"prose": 1, "code": 1}}]"""  # 200 steps
+LONGER = LONG.replace("12800", "12800000")
+
+
+def test_a_wish_to_stop_is_everyones(world, tmp_path):
+    """A signal reaches one process first, or one alone: if that one left, the others would wait for
+    it for ever. All finish the same step, save it once, and end with 0; repeats mean nothing."""
+    out = tmp_path / "out"
+    processes = launch(world, out, 2, LONG, "--strategy=ddp")
+    wait_for_steps(out, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    last = records(out)[-1]["step"]
+    assert 5 <= last < 200 and f"stopped after step {last}" in printed[0][0]
+    assert (out / f"step_{last:08d}").is_dir() and not (out / "lock").exists()
+
+
+def test_a_folder_has_one_writer(world, tmp_path):
+    """Two runs in a folder would write each other's checkpoints; but one that only waits for its
+    killed predecessor to be gone must not give up."""
+    out = tmp_path / "out"
+    first = start(world, out, LONGER)
+    wait_for_steps(out, 3, [first])
+    with pytest.raises(SystemExit, match=f"another run is writing {out}: process {first.pid} on "):
+        by_itself(world, out, LONGER)
+    assert first.poll() is None
+    killer = threading.Timer(2, first.kill)
+    killer.start()
+    with train.locked(out):                                  # waits until the other is gone
+        assert first.wait(10) == -signal.SIGKILL
+        assert f"process {os.getpid()} on " in (out / "lock").read_text()
+    assert not (out / "lock").exists()
+
+
+def test_all_ranks_end_with_a_refusal(world, tmp_path):
+    """Where the first process refuses, the others would wait for its answer."""
+    processes = launch(world, tmp_path / "out", 2, "--fork_from=nowhere")
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "fork_from nowhere is no checkpoint" in errors[0] and not errors[1].strip()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_a_loss_is_not_finite(world, tmp_path):
+    """One rank's NaN is everyone's after the next step: none may move its weights."""
+    processes = launch(world, tmp_path / "out", 2, "--learning_rate=1e30")
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "step 2 is not finite" in errors[0] and "none yet" in errors[0]
+
+
+@pytest.mark.parametrize("strategy, ranks, node, memory, expected", [
+    ("auto", 1, 1, 1e12, "none"), ("auto", 8, 8, 141e9, "ddp"), ("auto", 8, 8, 40e9, "fsdp"),
+    ("auto", 16, 8, 40e9, "hsdp"), ("auto", 16, 8, 80e9, "ddp"), ("fsdp", 16, 8, 141e9, "fsdp"),
+    ("fsdp", 1, 1, 1e12, "is one of processes that torchrun starts"),
+    ("hsdp", 8, 8, 1e12, "all 8 processes are on one: take fsdp")])
+def test_the_strategy_follows_from_model_memory_and_world(strategy, ranks, node, memory, expected,
+                                                          monkeypatch):
+    """One that does not fit fails in its first step; one that is quietly another than was asked for
+    makes every measurement of it a lie."""
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: ranks > 1)
+    where = World(torch.device("cpu"), 0, ranks, node)
+    try:
+        found, why = choose_strategy(TrainConfig(strategy=strategy), where, 1_100_048_384, memory)
+        assert found == expected and why
+    except SystemExit as error:
+        assert expected in str(error)
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_share_a_batch_are_refused(world, tmp_path):
+    """By all of them, before anything is allocated; ranks with unequal shares would train something
+    else."""
+    processes = launch(world, tmp_path / "out", 3)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert all(process.returncode == 1 for process in processes)
+    assert "batch of 4 sequences cannot be divided among 3 processes; nearest: 2 and 4" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_25_times(world, tmp_path):
+    """SIGKILL at random moments, every third time inside a save: it always continues, ends with the
+    bits of a run nobody disturbed, and has logged each step once."""
+    rng, out, kills = random.Random(3), tmp_path / "out", 0
+    options = LONG, "--save_every=3", "--log_every=1"
+    reference = start(world, tmp_path / "reference", *options)
+    assert reference.wait(300) == 0, reference.stderr.read()
+    while kills < 25:
+        process = start(world, out, *options)
+        seen = len(records(out)) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None:
+            if kills % 3 == 0 and list(out.glob("step_*.tmp")):
+                break
+            if kills % 3 and len((out / "metrics.jsonl").read_bytes().splitlines()
+                                 if (out / "metrics.jsonl").exists() else []) > max(seen, 1):
+                time.sleep(rng.random() / 10)
+                break
+            time.sleep(0.001)
+        assert process.poll() is None, (kills, process.stderr.read())
+        process.kill()
+        process.wait()
+        kills += 1
+    process = start(world, out, *options)
+    assert process.wait(300) == 0, process.stderr.read()
+    assert_same_bits(out / "step_00000200", tmp_path / "reference/step_00000200")
+    assert [r["step"] for r in records(out)] == list(range(201))
+    assert not list(out.glob("*.tmp")) and not (out / "lock").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_it_continues(world, tmp_path):
+    """By torchrun: the others of a killed process must not wait for it; and with --max-restarts
+    the job goes on by itself."""
+    out = tmp_path / "out"
+
+    def torchrun(*options):
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             *options, str(HERE / "train.py"), "config_tiny.py", f"--out_dir={out}", LONG,
+             "--strategy=fsdp"], cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True)
+
+    def kill_one(job):
+        children = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "config_tiny"],
+                                  capture_output=True, text=True).stdout.split()
+        os.kill(int(children[1]), signal.SIGKILL)
+
+    job = torchrun()
+    wait_for_steps(out, 6, [job])
+    kill_one(job)
+    assert job.wait(60) != 0
+    job = torchrun("--max-restarts=1")
+    wait_for_steps(out, 20, [job])
+    kill_one(job)
+    assert job.wait(180) == 0, job.stderr.read()
+    assert [r["step"] for r in records(out)] == list(range(201))
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def test_a_full_disk_is_one_sentence(world, tmp_path):
+    """A save that fails half way must leave the checkpoints before it whole, and go on once there
+    is room."""
+    out = tmp_path / "out"
+    full = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), "config_tiny.py", f"--out_dir={out}"], cwd=world,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: limit_files(100_000))              # the weights alone have 144,000 bytes
+    err = full.communicate(timeout=60)[1]
+    assert full.returncode == 1 and "Traceback" not in err
+    assert "step_00000004 could not be saved" in err and "continues from the newest" in err
+    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
+    by_itself(world, out)
+    assert records(out)[-1]["step"] == STEPS
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+def test_activation_checkpointing_changes_nothing_learned(alone, world, tmp_path):
+    """Recomputed blocks must give the same gradients; compiled or not, their parameters keep their
+    names."""
+    by_itself(world, tmp_path / "out", BATCHES, "--micro_batch=16", "--activation_checkpointing")
+    assert_same_training(tmp_path / "out", alone)
+
+
+def test_memory_is_counted():
+    """Weights, gradients and two moments in fp32 are 16 bytes a parameter, a shard of them where
+    they are sharded; a micro-batch grows with its sequences."""
+    cfg = TrainConfig(vocab_size=32_000)
+    with torch.device("meta"):
+        model = Llama(cfg)
+    state, activations = memory_needed(model, cfg, 1, 8, torch.bfloat16)
+    assert state == 16 * 1_100_048_384
+    assert memory_needed(model, cfg, 64, 8, torch.bfloat16)[0] == state // 64
+    assert memory_needed(model, cfg, 1, 16, torch.bfloat16)[1] == 2 * activations
+    few = memory_needed(model, replace(cfg, activation_checkpointing=True), 1, 8, torch.bfloat16)
+    assert few[1] < activations / 2
+
+
+def test_saved_activations_are_as_counted():
+    """The estimate must not promise room that is not there: what autograd really keeps, in fp32 and
+    in bf16, is no more than counted, and most of it."""
+    cfg = TrainConfig(n_layer=3, d_model=64, n_head=4, n_kv_head=2, d_ff=176, vocab_size=512,
+                      context=128)
+    model = Llama(cfg).init_weights()
+    x = torch.randint(512, (4, 128))
+    for dtype in torch.float32, torch.bfloat16:
+        kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(t):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t          # alive, so no address comes twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), train.precision(
+                x.device, dtype):
+            model(x, x)
+        found = sum(t.untyped_storage().nbytes() for t in kept.values())
+        counted = memory_needed(model, cfg, 1, 4, dtype)[1]
+        assert 0.5 * counted < found < 1.1 * counted, (dtype, found, counted)
+
+
+def test_out_of_memory_says_what_helps(world, tmp_path, monkeypatch):
+    """A stack trace of the allocator names no key."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(SystemExit, match="out of memory. memory: .* a micro-batch, of .* a machine."
+                                         ".*--micro_batch below 2, --activation_checkpointing"):
+        train.main(["config_tiny.py", f"--out_dir={tmp_path / 'out'}"])
