@@ -3,7 +3,7 @@
 
     python prepare.py tokenize ... --out=data/slimpajama     SlimPajama without its GitHub part,
                                                              with Llama 2's tokenizer
-    python train.py config_base.py
+    torchrun train.py config_base.py
 
 1,100,048,384 parameters. The authors used 64 A100-40G; at their 24,000 tokens/s each it is 23,000
 GPU-hours, 15 days. Their result: 53.63 on average over HellaSwag, OpenBookQA, WinoGrande, ARC,

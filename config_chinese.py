@@ -1,9 +1,9 @@
 """TinyLlama v1.1 Chinese: forks from the base model after its first stage, and goes on with as much
 Chinese as English (arXiv 2401.02385v2, section 2.5 and appendix).
 
-    python train.py config_base.py                 up to the end of its first stage, then
+    torchrun train.py config_base.py               up to the end of its first stage, then
     python prepare.py tokenize ... --out=data/skypile             SkyPile, with Llama 2's tokenizer
-    python train.py config_chinese.py
+    torchrun train.py config_chinese.py
 
 The authors used 64 A100-40G; at their 24,000 tokens/s each, the 500B tokens of its own are 5,800
 GPU-hours, 3.8 days. Their result: 58.37 on average over XWinograd, XStoryCloze, XNLI and XCOPA in

@@ -1,10 +1,10 @@
 """TinyLlama v1.1 Math & Code: forks from the base model after its first stage, and goes on with a
 quarter of code and mathematics (arXiv 2401.02385v2, section 2.5 and appendix).
 
-    python train.py config_base.py                 up to the end of its first stage, then
+    torchrun train.py config_base.py               up to the end of its first stage, then
     python prepare.py tokenize ... --out=data/starcoder-python     StarCoder, its Python and Jupyter
     python prepare.py tokenize ... --out=data/proof-pile-2         parts only; Proof-Pile-2
-    python train.py config_math_code.py
+    torchrun train.py config_math_code.py
 
 The authors used 64 A100-40G; at their 24,000 tokens/s each, the 500B tokens of its own are 5,800
 GPU-hours, 3.8 days. Their result: 15.24 on HumanEval (the base model 6.71) and 18.54 on DROP

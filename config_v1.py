@@ -3,7 +3,7 @@ github.com/jzhang38/TinyLlama at bf12224).
 
     python prepare.py tokenize ... --out=data/slimpajama     SlimPajama without its GitHub part, and
     python prepare.py tokenize ... --out=data/starcoder      StarCoder, with Llama 2's tokenizer
-    python train.py config_v1.py
+    torchrun train.py config_v1.py
 
 1,100,048,384 parameters, 3.2 epochs of the original's 950B tokens. The authors used 16 A100-40G; at
 their 24,000 tokens/s each it is 34,700 GPU-hours, 90 days. Their result: 52.99 on average over

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -358,16 +359,28 @@ def test_activation_checkpointing_changes_nothing_learned(alone, world, tmp_path
 
 def test_memory_is_counted():
     """Weights, gradients and two moments in fp32 are 16 bytes a parameter, a shard of them where
-    they are sharded; a micro-batch grows with its sequences."""
+    they are sharded; a micro-batch grows with its sequences. The README's table of cards follows."""
     cfg = TrainConfig(vocab_size=32_000)
     with torch.device("meta"):
         model = Llama(cfg)
     state, activations = memory_needed(model, cfg, 1, 8, torch.bfloat16)
-    assert state == 16 * 1_100_048_384
-    assert memory_needed(model, cfg, 64, 8, torch.bfloat16)[0] == state // 64
+    N = 1_100_048_384
+    assert state == (16 + 2) * N and memory_needed(model, cfg, 1, 8, torch.float32)[0] == 16 * N
+    assert memory_needed(model, cfg, 64, 8, torch.bfloat16)[0] == N // 4 + 4 * N
     assert memory_needed(model, cfg, 1, 16, torch.bfloat16)[1] == 2 * activations
     few = memory_needed(model, replace(cfg, activation_checkpointing=True), 1, 8, torch.bfloat16)
     assert few[1] < activations / 2
+    rows = re.findall(r"^\| (\d+) GB \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) == 4
+    for card, cells in rows:
+        found = []
+        for shards in 1, 8:
+            for again in False, True:
+                state, one = memory_needed(model, replace(cfg, activation_checkpointing=again),
+                                           shards, 1, torch.bfloat16)
+                most = (int(card) * 1e9 - 1.5e9 - state) // one
+                found.append(f"{most:.0f}" if most > 0 else "none")
+        assert cells.split(" | ") == found
 
 
 def test_saved_activations_are_as_counted():

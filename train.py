@@ -7,6 +7,10 @@ is derived:
 
     batch 16,384 tokens = 64 sequences of 256 = 4 micro-batches of 16
 
+Under torchrun there are many processes, one a GPU, that share the rows of a batch and add up their
+gradients: they train what one trains. What they must agree on stands in one part of this file, and
+neither model.py nor data.py knows of it.
+
 There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or
 by force, goes on from its newest checkpoint when the same command is given again, and ends with the
 weights it would have had. And a run may fork: another recipe takes over at the end of a stage, as
@@ -237,7 +241,13 @@ def join():
                      "torchrun --nproc-per-node takes as many as there are")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives its processes, with the addresses of those it starts anew for
+        # --max-restarts still in it (pytorch/pytorch#135712)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=size)
     return World(device, rank, size, node)
 
 
@@ -975,7 +985,8 @@ def memory_needed(model, cfg, shards, micro, dtype):
     """(bytes of weights, gradients and moments, bytes of a micro-batch) of one process, counted, of
     a model on the meta device. An upper estimate: a compiler keeps less.
 
-    Of a token, a block keeps for its backward pass its input and the sum behind its attention in
+    Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights in
+    `dtype`, or of a sharded model the gradients of micro-batches not yet reduced. Of a token, a block keeps for its backward pass its input and the sum behind its attention in
     fp32, and in `dtype` the input of each product, the rotated q, k and v, and the three vectors
     of the feed-forward network; the loss keeps logits and their gradient, in dtype and in fp32.
     """
@@ -983,7 +994,8 @@ def memory_needed(model, cfg, shards, micro, dtype):
     C, F, kv = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim
     block = 2 * 4 * C + size * (4 * C + 2 * kv + 4 * F)
     blocks = 4 * C * cfg.n_layer + block if cfg.activation_checkpointing else block * cfg.n_layer
-    return 16 * parameters // shards, micro * cfg.context * (
+    beside = 4 if shards > 1 else size if size < 4 else 0
+    return 16 * parameters // shards + beside * parameters, micro * cfg.context * (
         blocks + 2 * (4 + size) * cfg.vocab_size)
 
 
@@ -1106,10 +1118,9 @@ def loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first,
                 start = time.perf_counter()
                 save(step, model, optimizer, cfg, description | {"tokens": seen}, train, world)
                 if world.rank == 0:
+                    bar.write(f"saved {newest(Path(cfg.out_dir))} in "
+                              f"{time.perf_counter() - start:.1f} s", file=sys.stdout)
                     delete_old(cfg, ends)
-                    if time.perf_counter() - start > 1:
-                        bar.write(f"saving took {time.perf_counter() - start:.1f} s",
-                                  file=sys.stdout)
             if step == steps or stopping:
                 return step
             start = time.perf_counter()
