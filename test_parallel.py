@@ -113,6 +113,27 @@ def test_any_world_equals_one_process(ranks, node, strategy, micro, alone, world
     assert_same_training(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_in_any_strategy(strategy, alone, world, tmp_path):
+    """What compiles a block and what shards it put their hooks in the same place: one must not
+    lose the other's; activation checkpointing inside."""
+    together(world, tmp_path / "out", 2, BATCHES, f"--strategy={strategy}", "--compile=True",
+             "--activation_checkpointing")
+    assert_same_training(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_sharded_bf16_keeps_fp32_weights(alone, world, tmp_path):
+    """Blocks are gathered in bf16; weights, moments, the sum of gradients and the residual are not,
+    or small updates and small gradients would be lost."""
+    out = tmp_path / "out"
+    together(world, out, 2, BATCHES, "--strategy=fsdp", "--dtype=bfloat16")
+    assert {t.dtype for t in weights(max(out.glob("step_*"))).values()} == {torch.float32}
+    for a, b in zip(records(out)[1:], records(alone)[1:]):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.02)
+
+
 # --------------------------------------------------------------------------------------------------
 # Continued, from any world to any other
 

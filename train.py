@@ -48,8 +48,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -291,18 +289,22 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     """Puts on a model that has no memory yet all that it does not know of, gives it memory, and
     returns what to call in its place. Weights are set afterwards, in the model itself.
 
-    The order matters. Checkpointing is inside what is compiled. Each block is compiled for itself:
-    alike, they share one graph. What is sharded is wrapped from the inside out, each block before
-    the root, so that one block's weights are gathered while the one before computes, and only
-    embedding, norm and head belong to the root. DDP comes last: it reads the weights' memory.
+    The order matters. What a block computes is compiled first, each block for itself: alike, they
+    share one graph. Checkpointing comes around it, to run it again in the backward pass. What is
+    sharded is wrapped from the inside out, each block before the root, so that one block's weights
+    are gathered while the one before computes, and only embedding, norm and head belong to the
+    root. DDP comes last: it reads the weights' memory.
     """
     for block in model.blocks:
-        if activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             torch._dynamo.config.recompile_limit = 64       # a graph for each size of a micro-batch
-            block.compile(fullgraph=True, dynamic=False)  # never by the order in which shapes come
+            block.forward = torch.compile(block.forward, fullgraph=True,
+                                          dynamic=False)  # never by the order in which shapes come
+        if activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if strategy in ("fsdp", "hsdp"):
+        # imported here: a second at every start that needs none of it
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         nodes = world.size // world.node if strategy == "hsdp" else 1
         mesh = dist.init_device_mesh(world.device.type, (nodes, world.size // nodes),
                                      mesh_dim_names=("replicate", "shard"))
@@ -317,9 +319,15 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     return model
 
 
+def is_sharded(x):
+    """Whether a model was given to fully_shard, or a tensor is a DTensor of which each process
+    holds some rows."""
+    return hasattr(x, "reshard") or hasattr(x, "full_tensor")
+
+
 def own_part(p):
     """(what of a parameter or its moments this process holds, the rows of the whole it is)."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return p, slice(None)
     mesh, own = p.device_mesh, p.to_local()
     first = -(-p.shape[0] // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1)
@@ -328,7 +336,7 @@ def own_part(p):
 
 def whole_tensor(p):
     """A parameter with the parts of all processes, which must all ask for it."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+    return p.full_tensor() if is_sharded(p) else p
 
 
 @torch.no_grad()
@@ -336,7 +344,7 @@ def init_weights(model, cfg):
     """Draws the initial weights: each process all of them, and keeps its own, so that they are the
     same for any number of processes."""
     torch.manual_seed(cfg.seed)
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return model.init_weights()
     with torch.device(model.embed.weight.device):
         drawn = Llama(cfg).init_weights()
@@ -349,7 +357,7 @@ def init_weights(model, cfg):
 def reduce_gradients(model, last):
     """The context of a micro-batch's backward pass. Gradients are summed over the processes with
     the last one only."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(last)
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -423,7 +431,7 @@ def evaluate(model, sources, cfg, world, dtype):
             x, y = read_batch(sources, part or group[:1], world.device)
             with precision(world.device, dtype):
                 total += model(x, y) * (len(part) / n)
-        if isinstance(model, FSDPModule):
+        if is_sharded(model):
             model.reshard()       # the root's parameters stay gathered without a backward pass
         if world.size > 1:
             dist.all_reduce(total)
