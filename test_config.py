@@ -172,7 +172,8 @@ def test_every_config_field_is_used():
 
 def test_readme_commands_parse():
     """A README whose commands are refused teaches distrust."""
-    commands = re.findall(r"^(?:\$ )?(?:python|torchrun(?: --\S+)*) (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
+    start = r"^(?:\$ )?(?:python|torchrun(?: --\S+)*)"
+    commands = re.findall(start + r" (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
                           (HERE / "README.md").read_text(), re.M)
     assert len(commands) > 8
     for script, arguments in commands:

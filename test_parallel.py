@@ -205,7 +205,8 @@ def wait_for_steps(out, steps, processes):
         time.sleep(0.01)
 
 
-LONG = """--stages=[{"tokens": 12800, "batch": 64, "mixture": {"prose": 1, "code": 1}}]"""  # 200 steps
+# 200 steps
+LONG = """--stages=[{"tokens": 12800, "batch": 64, "mixture": {"prose": 1, "code": 1}}]"""
 LONGER = LONG.replace("12800", "12800000")
 
 
@@ -380,7 +381,7 @@ def test_activation_checkpointing_changes_nothing_learned(alone, world, tmp_path
 
 def test_memory_is_counted():
     """Weights, gradients and two moments in fp32 are 16 bytes a parameter, a shard of them where
-    they are sharded; a micro-batch grows with its sequences. The README's table of cards follows."""
+    they are sharded; a micro-batch grows with its sequences. So do the README's numbers."""
     cfg = TrainConfig(vocab_size=32_000)
     with torch.device("meta"):
         model = Llama(cfg)

@@ -427,7 +427,7 @@ def evaluate(model, sources, cfg, world, dtype):
         for i in range(0, n, cfg.micro_batch * world.size):
             group = rows[i:i + cfg.micro_batch * world.size]
             part = group[world.rank::world.size]
-            # one without a row left computes with the others, whom FSDP would have wait, for nothing
+            # a process without a row left computes one for nothing: under FSDP others need its part
             x, y = read_batch(sources, part or group[:1], world.device)
             with precision(world.device, dtype):
                 total += model(x, y) * (len(part) / n)
@@ -994,9 +994,10 @@ def memory_needed(model, cfg, shards, micro, dtype):
     a model on the meta device. An upper estimate: a compiler keeps less.
 
     Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights in
-    `dtype`, or of a sharded model the gradients of micro-batches not yet reduced. Of a token, a block keeps for its backward pass its input and the sum behind its attention in
-    fp32, and in `dtype` the input of each product, the rotated q, k and v, and the three vectors
-    of the feed-forward network; the loss keeps logits and their gradient, in dtype and in fp32.
+    `dtype`, or of a sharded model the gradients of micro-batches not yet reduced. Of a token, a
+    block keeps for its backward pass its input and the sum behind its attention in fp32, and in
+    `dtype` the input of each product, the rotated q, k and v, and the three vectors of the
+    feed-forward network; the loss keeps logits and their gradient, in dtype and in fp32.
     """
     parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
     C, F, kv = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim
