@@ -1111,7 +1111,10 @@ def loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first,
         rows = sequences(stages, windows, cfg.seed, step)
         return rows, *read_batch(train, rows[world.rank::world.size], world.device)
 
-    with ThreadPoolExecutor(1) as ahead, tqdm(
+    # the current GPU is each thread's own: else the first one would hold the pinning of all
+    here = (partial(torch.cuda.set_device, world.device)
+            if world.device.type == "cuda" and world.size > 1 else None)
+    with ThreadPoolExecutor(1, initializer=here) as ahead, tqdm(
             total=total, initial=tokens_after(stages, first, cfg.context), unit="tok",
             unit_scale=True, disable=True if world.rank else None) as bar:
         upcoming = ahead.submit(batch_of, first)
