@@ -259,15 +259,19 @@ class Llama(nn.Module):
         bf12224, line 40): normal, with a standard deviation of √(2 / 5C) for matrices and of
         1 / (√C n_layer) for the two that write to the residual stream; 1 for norms. After building
         on the meta device and `to_empty` this is all that is needed."""
-        C = self.config.d_model
         for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0)
-            elif name.endswith(("attn.o.weight", "mlp.down.weight")):
-                p.normal_(std=1 / math.sqrt(C) / self.config.n_layer)
-            else:
-                p.normal_(std=math.sqrt(2 / 5 / C))
+            self.init_parameter(name, p)
         return self
+
+    def init_parameter(self, name, p):
+        """Fills p, of the shape of the parameter so named, with its initial values."""
+        C = self.config.d_model
+        if p.ndim == 1:
+            p.fill_(1.0)
+        elif name.endswith(("attn.o.weight", "mlp.down.weight")):
+            p.normal_(std=1 / math.sqrt(C) / self.config.n_layer)
+        else:
+            p.normal_(std=math.sqrt(2 / 5 / C))
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With

@@ -319,32 +319,60 @@ def test_killed_25_times(world, tmp_path):
     assert not list(out.glob("*.tmp")) and not (out / "lock").exists()
 
 
+def torchrun(world, out, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(HERE / "train.py"),
+         "config_tiny.py", f"--out_dir={out}", LONG, "--strategy=fsdp"], cwd=world,
+        stdout=subprocess.DEVNULL, stderr=open(out.parent / "err", "a"))
+
+
+def kill_one(job):
+    children = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "config_tiny"],
+                              capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def wait_for(out, steps, jobs):
+    """Till there are so many lines, with what torchrun says where there will not be."""
+    for _ in range(12_000):
+        if (out / "metrics.jsonl").exists() and len(
+                (out / "metrics.jsonl").read_text().splitlines()) > steps:
+            return
+        assert all(job.poll() is None for job in jobs), (out.parent / "err").read_text()
+        time.sleep(0.01)
+    raise AssertionError((out.parent / "err").read_text())
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_it_continues(world, tmp_path):
     """By torchrun: the others of a killed process must not wait for it; and with --max-restarts
     the job goes on by itself."""
-    out = tmp_path / "out"
-
-    def torchrun(*options):
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-             *options, str(HERE / "train.py"), "config_tiny.py", f"--out_dir={out}", LONG,
-             "--strategy=fsdp"], cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True)
-
-    def kill_one(job):
-        children = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "config_tiny"],
-                                  capture_output=True, text=True).stdout.split()
-        os.kill(int(children[1]), signal.SIGKILL)
-
-    job = torchrun()
-    wait_for_steps(out, 6, [job])
+    out, two = tmp_path / "out", ("--standalone", "--nproc-per-node=2")
+    job = torchrun(world, out, *two)
+    wait_for(out, 6, [job])
     kill_one(job)
     assert job.wait(60) != 0
-    job = torchrun("--max-restarts=1")
-    wait_for_steps(out, 20, [job])
+    job = torchrun(world, out, *two, "--max-restarts=1")
+    wait_for(out, 20, [job])
     kill_one(job)
-    assert job.wait(180) == 0, job.stderr.read()
+    assert job.wait(180) == 0, (out.parent / "err").read_text()
+    assert [r["step"] for r in records(out)] == list(range(201))
+
+
+@pytest.mark.slow
+def test_two_machines_go_on_after_a_killed_rank(world, tmp_path):
+    """Where one machine's torchrun counts a restart and the other's does not, their processes must
+    still find each other, and not the dead."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    jobs = [torchrun(world, out, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+                     f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=base", "--max-restarts=3",
+                     "--shutdown-timeout=10") for _ in range(2)]
+    wait_for(out, 20, jobs)
+    kill_one(jobs[1])
+    assert [job.wait(180) for job in jobs] == [0, 0], (out.parent / "err").read_text()
     assert [r["step"] for r in records(out)] == list(range(201))
 
 

@@ -37,6 +37,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from hashlib import file_digest
 from importlib.util import find_spec
@@ -82,7 +83,7 @@ class TrainConfig(ModelConfig):
     # how it runs: what comes out is the same but for rounding
     strategy: str = "auto"                       # of many processes: ddp, fsdp, hsdp
     micro_batch: int = 8                         # most sequences a GPU takes at once
-    activation_checkpointing: bool = False       # a third more computing for a tenth of the memory
+    activation_checkpointing: bool = False       # a third more computing for a third of the memory
     dtype: str = "auto"                          # of the computation: float32, bfloat16, auto
                                                  # (bfloat16 where hardware has it)
     compile: bool | None = None                  # None: where it pays
@@ -231,37 +232,45 @@ def join():
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if "RANK" not in os.environ:
         return World(device)
-    rank, size, local, node = (int(os.environ[key]) for key in
-                               ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
+    keys = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if not set(keys) <= set(os.environ):
+        sys.exit(f"RANK is set, and {', '.join(sorted(set(keys) - set(os.environ)))} is not: "
+                 "start many processes by torchrun, which sets them all, or unset RANK")
+    rank, size, local, node = (int(os.environ[key]) for key in keys[:4])
+    if device.type != "cuda":
+        device = torch.device("cpu")                                      # what gloo can send
+    else:
+        if node > torch.cuda.device_count():
             sys.exit(f"{node} processes on a machine with {torch.cuda.device_count()} GPUs: "
                      "torchrun --nproc-per-node takes as many as there are")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store outlives its processes, with the addresses of those it starts anew for
-        # --max-restarts still in it (pytorch/pytorch#135712)
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        # torchrun's store outlives its processes, with the addresses of those before a restart
+        # still in it (pytorch/pytorch#135712). How often a rank was started is the same for all of
+        # them; TORCHELASTIC_RESTART_COUNT is not, on another machine than the one that failed
+        start = store.add(f"starts of rank {rank}", 1)
+        store = dist.PrefixStore(f"start {start}", store)
+    # longer than a save to a slow disk, for which all others wait
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=size)
+                            world_size=size, timeout=timedelta(hours=1))
     return World(device, rank, size, node)
 
 
 def agree(world, decide):
-    """What `decide()` returns on rank 0, on every rank. Where it exits, all do."""
+    """What `decide()` returns on rank 0, on every rank. Where it fails, all end."""
     if world.size == 1:
         return decide()
-    answer = [None, None]
+    answer, failed = [None, False], None
     if world.rank == 0:
         try:
             answer[0] = decide()
-        except (SystemExit, DataError, ModelError, OSError) as error:
-            answer[1] = str(error)
+        except (SystemExit, Exception) as error:
+            answer[1], failed = True, error
     dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        sys.exit(answer[1] if world.rank == 0 else 1)
+    if answer[1]:
+        raise failed or SystemExit(1)
     return answer[0]
 
 
@@ -305,9 +314,10 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     if strategy in ("fsdp", "hsdp"):
         # imported here: a second at every start that needs none of it
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        nodes = world.size // world.node if strategy == "hsdp" else 1
-        mesh = dist.init_device_mesh(world.device.type, (nodes, world.size // nodes),
-                                     mesh_dim_names=("replicate", "shard"))
+        shape = {"shard": world.size} if strategy == "fsdp" else {
+            "replicate": world.size // world.node, "shard": world.node}
+        mesh = dist.init_device_mesh(world.device.type, tuple(shape.values()),
+                                     mesh_dim_names=tuple(shape))
         # blocks are gathered in the dtype they compute in; the root in fp32, as is the residual
         for module in (*model.blocks, model):
             gathered = dtype if module is not model else torch.float32
@@ -341,17 +351,14 @@ def whole_tensor(p):
 
 @torch.no_grad()
 def init_weights(model, cfg):
-    """Draws the initial weights: each process all of them, and keeps its own, so that they are the
-    same for any number of processes."""
+    """Draws the initial weights: each process all of them, one after the other, and keeps its own,
+    so that they are the same for any number of processes."""
     torch.manual_seed(cfg.seed)
-    if not is_sharded(model):
-        return model.init_weights()
-    with torch.device(model.embed.weight.device):
-        drawn = Llama(cfg).init_weights()
-    for p, all_of_p in zip(model.parameters(), drawn.parameters()):
+    for name, p in model.named_parameters():
         own, rows = own_part(p)
-        own.copy_(all_of_p[rows])
-    return model
+        drawn = torch.empty(p.shape, device=own.device) if is_sharded(p) else p
+        model.init_parameter(name, drawn)
+        own.copy_(drawn[rows])
 
 
 def reduce_gradients(model, last):
@@ -456,8 +463,10 @@ def save(step, model, optimizer, cfg, state, sources, world):
             value = whole_tensor(value.detach())
             if world.rank == 0:
                 (moments if key else weights)[(hf_name(name) if key else name) + key] = value.cpu()
-    if world.rank:
-        return
+    agree(world, lambda: write_checkpoint(step, model, weights, moments, cfg, state, sources))
+
+
+def write_checkpoint(step, model, weights, moments, cfg, state, sources):
     path = Path(cfg.out_dir) / f"step_{step:08d}"
     temporary = path.with_suffix(".tmp")
     name, source = next(iter(sources.items()))                      # all have the same tokenizer
@@ -511,6 +520,7 @@ def read_state(path):
     ModelError."""
     state = read_json(path / "training/state.json")
     if (not {"files", "recipe", "sources", "run", "step"} <= set(state)
+            or not all(isinstance(state[key], dict) for key in ("files", "recipe", "sources", "run"))
             or not {"stages", "context"} <= set(state["recipe"])):
         raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
@@ -1019,7 +1029,8 @@ def main(argv):
     cfg, stages = read_recipe(argv)
     if isinstance(cfg, PlanConfig):
         return announce_plan(cfg, stages, plan(cfg, stages))
-    stop = Stop()
+    # among many, a wish to stop is heard once they train: one that waits for others hears nothing
+    stop = Stop() if "RANK" not in os.environ else None
     cfg, train, val = read_sources(cfg, names_of(stages))
     world = join()
     if world.rank:
@@ -1032,8 +1043,11 @@ def main(argv):
     dtype, why_dtype = choose_dtype(cfg, world.device)
     compiled, why_compiled = choose_compile(cfg, world.device,
                                             flops * tokens_after(stages, steps, cfg.context))
-    strategy, why_strategy = choose_strategy(cfg, world, parameters, there)
-    description = describe(cfg, stages, train, world, strategy, dtype, compiled)
+    # decided by one for all, who might find other hardware
+    strategy, why_strategy = agree(world, lambda: choose_strategy(cfg, world, parameters, there))
+    dtype, compiled = agree(world, lambda: (dtype, compiled))
+    description = agree(world, lambda: describe(cfg, stages, train, world, strategy, dtype,
+                                                compiled))
     with ExitStack() as held:
         path, first, own = agree(world, lambda: (held.enter_context(locked(out_dir))
                                                  or find_start(cfg, train, description)))
@@ -1065,7 +1079,6 @@ def main(argv):
         try:
             called = parallelize(model, world, strategy, dtype, compiled,
                                  cfg.activation_checkpointing)
-            init_weights(model, cfg)
             optimizer = build_optimizer(model, cfg)
             if path:
                 print(f"{'continuing' if own else 'forking'} from {path}")
@@ -1073,12 +1086,14 @@ def main(argv):
             elif cfg.init_from:
                 print(f"starting from the weights in {cfg.init_from}")
                 model.load_tensors(Path(cfg.init_from), own_part)
+            else:
+                init_weights(model, cfg)
             peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
             metrics = world.rank == 0 and Metrics(
                 out_dir / "metrics.jsonl", first if own else None, peak and
                 peak * world.size / flops)
             last = loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first, own,
-                        description, metrics, stop)
+                        description, metrics, stop if stop is not None else Stop())
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory. {memory}. What helps: a --micro_batch below {max(micro)}"
                      + (", --strategy=fsdp" if strategy == "ddp" else "")
@@ -1173,5 +1188,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (DataError, ModelError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
