@@ -177,9 +177,8 @@ def test_from_one_process_to_two(half, alone, world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [
-    ((2, "ddp", 2), (2, "fsdp", 2)), ((2, "fsdp", 2), (1, "none", 1)),
-    ((4, "fsdp", 4), (1, "none", 1)), ((4, "hsdp", 2), (2, "ddp", 2)),
-    ((1, "none", 1), (4, "hsdp", 2))])
+    ((2, "ddp", 2), (2, "fsdp", 2)), ((4, "fsdp", 4), (1, "none", 1)),
+    ((4, "hsdp", 2), (2, "ddp", 2))])
 def test_from_any_world_to_any_other(before, after, half, alone, world, tmp_path):
     """A checkpoint that knows who wrote it ties a run to a cluster that may be gone."""
     continued(world, half(world, *before), tmp_path / "out", *after)

@@ -519,9 +519,8 @@ def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
     ModelError."""
     state = read_json(path / "training/state.json")
-    if (not {"files", "recipe", "sources", "run", "step"} <= set(state)
-            or not all(isinstance(state[key], dict) for key in ("files", "recipe", "sources", "run"))
-            or not {"stages", "context"} <= set(state["recipe"])):
+    if (not all(isinstance(state.get(k), dict) for k in ("files", "recipe", "sources", "run"))
+            or not {"stages", "context"} <= set(state["recipe"]) or "step" not in state):
         raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
         file = path / name
