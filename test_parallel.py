@@ -20,7 +20,7 @@ import torch
 
 import train
 from model import Llama
-from train import TrainConfig, World, choose_strategy, memory_needed
+from train import TrainConfig, World, choose_strategy, memory_needed, rows_of
 from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
 
 BATCHES = """--stages=[{"tokens": 2560, "batch": 256, "mixture": {"prose": 1}},
@@ -189,9 +189,9 @@ def test_ranks_hold_their_own_rows(world):
     """Rows split otherwise than FSDP does it would give each rank some of its neighbour's."""
     for rows, ranks in (5, 2), (8, 4), (3, 4), (1, 2), (7, 3):
         whole = torch.arange(rows)
-        for rank, part in enumerate(torch.chunk(whole, ranks)):
-            first = -(-rows // ranks) * rank
-            assert whole[first:first + len(part)].equal(part)
+        parts = torch.chunk(whole, ranks)             # ranks beyond them hold nothing
+        for rank, part in enumerate([*parts, *[whole[:0]] * (ranks - len(parts))]):
+            assert whole[rows_of(rows, ranks, rank)].equal(part)
 
 
 # --------------------------------------------------------------------------------------------------

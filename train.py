@@ -339,9 +339,14 @@ def own_part(p):
     """(what of a parameter or its moments this process holds, the rows of the whole it is)."""
     if not is_sharded(p):
         return p, slice(None)
-    mesh, own = p.device_mesh, p.to_local()
-    first = -(-p.shape[0] // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1)
-    return own, slice(first, first + own.shape[0])
+    mesh = p.device_mesh
+    return p.to_local(), rows_of(p.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+
+
+def rows_of(rows, shards, shard):
+    """The slice of so many rows that FSDP gives to a shard: as equal as torch.chunk makes them."""
+    most = -(-rows // shards)
+    return slice(min(rows, most * shard), min(rows, most * (shard + 1)))
 
 
 def whole_tensor(p):
@@ -373,7 +378,6 @@ def reduce_gradients(model, last):
 
 # --------------------------------------------------------------------------------------------------
 # The step
-
 
 def precision(device, dtype):
     """The context of a forward pass: weights stay in fp32, products are computed in `dtype`."""
@@ -1043,8 +1047,8 @@ def main(argv):
     compiled, why_compiled = choose_compile(cfg, world.device,
                                             flops * tokens_after(stages, steps, cfg.context))
     # decided by one for all, who might find other hardware
-    strategy, why_strategy = agree(world, lambda: choose_strategy(cfg, world, parameters, there))
-    dtype, compiled = agree(world, lambda: (dtype, compiled))
+    (strategy, why_strategy), dtype, compiled = agree(
+        world, lambda: (choose_strategy(cfg, world, parameters, there), dtype, compiled))
     description = agree(world, lambda: describe(cfg, stages, train, world, strategy, dtype,
                                                 compiled))
     with ExitStack() as held:
