@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_module
-from model import KVCache, Llama, ModelConfig, ModelError, attention, rotary, rotate
+from model import (HeadLoss, KVCache, Llama, ModelConfig, ModelError, attention,
+                   attention_by_rows, loss_of_logits, products, rotary, rotate)
 
 TINY = dict(n_layer=3, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=97, context=32)
 
@@ -229,6 +230,36 @@ def test_attention_is_what_it_means(T, S):
     q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
     expected = torch.stack([naive_attention(*row) for row in zip(q, k, v)])
     assert_close(attention(q, k, v), expected)
+    for rows in 1, 4, 64:
+        assert_close(attention_by_rows(q, k, v, rows), expected)
+
+
+def test_attention_by_rows_has_sdpas_gradients(monkeypatch):
+    """Rows are cut anywhere, also where the last part is short; a key that a part does not see must
+    get nothing from it. And it is what a CPU takes in bf16, where both are as far from fp32."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, n, 150, 16, requires_grad=True) for n in (6, 2, 2, 6))
+
+    def gradients(f, dtype):
+        out = f(*(x.to(dtype) for x in (q, k, v)))
+        return [x.float() for x in (out, *torch.autograd.grad(out, (q, k, v), g.to(dtype)))]
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def distance(ours, exact):
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact))
+
+    exact = gradients(sdpa, torch.float32)
+    for ours, theirs in zip(gradients(attention_by_rows, torch.float32), exact):
+        assert_close(ours, theirs)
+    bf16 = gradients(attention_by_rows, torch.bfloat16)
+    assert distance(bf16, exact) < 1.5 * distance(gradients(sdpa, torch.bfloat16), exact) < 0.02
+    calls = []
+    monkeypatch.setattr(model_module, "attention_by_rows", lambda *qkv: calls.append(1))
+    attention(*(x.bfloat16() for x in (q, k, v)))
+    attention(q, k, v)
+    assert len(calls) == 1
 
 
 def flash_stand_in(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
@@ -360,6 +391,60 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     model, x, y = tiny(), tokens(), tokens(seed=2)
     picked = model(x).log_softmax(-1).gather(-1, y[..., None])
     assert abs(model(x, y) + picked.mean()) < 1e-4
+
+
+@pytest.mark.parametrize("N", [1, 5, 8, 37])
+def test_loss_by_parts_is_the_whole_loss(N):
+    """Loss and both gradients, for rows that divide into eight parts and for rows that do not, and
+    scaled as that of a micro-batch is."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (N,))
+    whole = F.cross_entropy(x @ weight.T, targets)
+    parts = HeadLoss.apply(x, weight, targets, loss_of_logits, True)
+    assert abs(parts - whole) < 1e-5
+    for ours, theirs in zip(torch.autograd.grad(0.3 * parts, (x, weight)),
+                            torch.autograd.grad(0.3 * whole, (x, weight))):
+        assert_close(ours, theirs)
+    with torch.no_grad():
+        assert HeadLoss.apply(x, weight, targets, loss_of_logits, False) == parts
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_logits_never_exist_whole(grad):
+    """The largest tensor of a step, in bf16 and fp32 and as a gradient, is what runs out of memory
+    first."""
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    self.numbers = max(self.numbers, t.numel())
+            return out
+
+    model = tiny(vocab_size=4000, d_model=12)
+    with Largest() as largest, torch.set_grad_enabled(grad):
+        loss = model(tokens(4, 32), tokens(4, 32, seed=2))
+        if grad:
+            loss.backward()
+    assert largest.numbers <= max(4 * 32 * 4000 / 8, 4000 * 12)
+
+
+def test_joined_products_are_the_layers_own():
+    """In training several layers are one product; generating, each stands for itself."""
+    model = tiny()
+    attn, x = model.blocks[0].attn, torch.randn(2, 5, 48)
+    layers = attn.q, attn.k, attn.v
+    found = {}
+    for training in True, False:
+        model.train(training).zero_grad()
+        out = torch.cat(list(products(x, layers)), dim=-1)
+        out.square().sum().backward()
+        found[training] = [out, *(layer.weight.grad for layer in layers)]
+    for joined, alone in zip(found[True], found[False]):
+        assert_close(joined, alone)
 
 
 @pytest.mark.parametrize("tied", [False, True])

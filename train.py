@@ -20,6 +20,7 @@ if it had been its own from the start, if up to there the two are the same.
 
 says what a recipe will do, without doing it: steps, tokens and epochs, checkpoints, hours.
 """
+import ctypes
 import fcntl
 import json
 import math
@@ -195,16 +196,25 @@ def choose_dtype(cfg, device):
 
 
 def choose_compile(cfg, device, flops):
-    """(whether to compile, why). On a CPU it takes a minute and wins a tenth: it pays in runs of a
-    quarter of an hour."""
+    """(whether to compile, why). On a CPU it takes a quarter of a minute and wins a fifth (bf16) or
+    a twentieth (fp32): it pays in runs that take minutes."""
     if cfg.compile is not None:
         return cfg.compile, "as asked"
     if device.type == "cuda":
         return (True, "it pays on a GPU") if find_spec("triton") else (False, "there is no triton")
-    if device.type == "cpu" and flops > 1e14:
+    if device.type == "cpu" and flops > 2e13 * torch.get_num_threads():
         return ((True, "a long run") if shutil.which("g++") or shutil.which("clang++")
                 else (False, "there is no C++ compiler"))
     return False, "too short a run to repay it" if device.type == "cpu" else f"not on {device.type}"
+
+
+def keep_memory():
+    """Lets glibc keep what is freed for the next step. It would give it back to the kernel, which
+    hands it out again page by page, each cleared: a tenth of a step on a CPU."""
+    with suppress(OSError, AttributeError):                  # not everywhere is there a glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2 ** 31 - 1)                             # M_TRIM_THRESHOLD
+        mallopt(-3, 2 ** 30)                                 # M_MMAP_THRESHOLD
 
 
 def memory_used(device):
@@ -304,11 +314,17 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     are gathered while the one before computes, and only embedding, norm and head belong to the
     root. DDP comes last: it reads the weights' memory.
     """
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64           # a graph for each size of a micro-batch
+        # what follows from a product by a few operations a number is computed again in the backward
+        # pass, not kept: a third of the memory for a fiftieth of the time
+        torch._functorch.config.activation_memory_budget = 0.9
+        # dynamic: what is computed must not depend on the order in which shapes come
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        model.loss_of_logits = compiled(model.loss_of_logits)
     for block in model.blocks:
         if compiled:
-            torch._dynamo.config.recompile_limit = 64       # a graph for each size of a micro-batch
-            block.forward = torch.compile(block.forward, fullgraph=True,
-                                          dynamic=False)  # never by the order in which shapes come
+            block.forward = compiled(block.forward)
         if activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if strategy in ("fsdp", "hsdp"):
@@ -384,9 +400,9 @@ def precision(device, dtype):
     return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
 
 
-def build_optimizer(model, cfg):
+def build_optimizer(model, cfg, fused=True):
     return torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                             weight_decay=cfg.weight_decay, fused=True)
+                             weight_decay=cfg.weight_decay, fused=fused)
 
 
 def read_batch(sources, rows, device):
@@ -440,7 +456,8 @@ def evaluate(model, sources, cfg, world, dtype):
             part = group[world.rank::world.size]
             # a process without a row left computes one for nothing: under FSDP others need its part
             x, y = read_batch(sources, part or group[:1], world.device)
-            with precision(world.device, dtype):
+            # a graph for this alone would take longer to compile than it saves
+            with torch.compiler.set_stance("force_eager"), precision(world.device, dtype):
                 total += model(x, y) * (len(part) / n)
         if is_sharded(model):
             model.reshard()       # the root's parameters stay gathered without a backward pass
@@ -1002,23 +1019,28 @@ def describe(cfg, stages, train, world, strategy, dtype, compiled):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 
 
-def memory_needed(model, cfg, shards, micro, dtype):
+def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
     """(bytes of weights, gradients and moments, bytes of a micro-batch) of one process, counted, of
-    a model on the meta device. An upper estimate: a compiler keeps less.
+    a model on the meta device.
 
-    Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights in
-    `dtype`, or of a sharded model the gradients of micro-batches not yet reduced. Of a token, a
-    block keeps for its backward pass its input and the sum behind its attention in fp32, and in
-    `dtype` the input of each product, the rotated q, k and v, and the three vectors of the
-    feed-forward network; the loss keeps logits and their gradient, in dtype and in fp32.
+    Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights as they
+    are multiplied, and of a sharded model the gradients of micro-batches not yet reduced. Of a token, a
+    block keeps for its backward pass, compiled, its input in fp32 and what comes out of products:
+    q, k, v, attention, o, gate and up. Uncompiled it also keeps what lies between, both residuals
+    and both norms in fp32 and what goes into each product. On a CPU in bf16 the weights of
+    attention come on top. The loss takes an eighth of the logits in fp32 and twice in `dtype`, and
+    the gradient of the head once more.
     """
     parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
-    C, F, kv = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim
-    block = 2 * 4 * C + size * (4 * C + 2 * kv + 4 * F)
+    C, F, kv, T = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim, cfg.context
+    block = (4 * C + size * (3 * C + 2 * kv + 2 * F) if compiled
+             else 16 * C + size * (4 * C + 2 * kv + 4 * F))
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        block += size * cfg.n_head * (T + 64) // 2
     blocks = 4 * C * cfg.n_layer + block if cfg.activation_checkpointing else block * cfg.n_layer
-    beside = 4 if shards > 1 else size if size < 4 else 0
-    return 16 * parameters // shards + beside * parameters, micro * cfg.context * (
-        blocks + 2 * (4 + size) * cfg.vocab_size)
+    beside = (4 if shards > 1 else 0) + size
+    return 16 * parameters // shards + beside * parameters, 4 * cfg.vocab_size * C + micro * T * (
+        blocks + (8 + size) * C + (4 + 2 * size) * cfg.vocab_size // 8)
 
 
 def memory_there(device):
@@ -1035,6 +1057,7 @@ def main(argv):
     # among many, a wish to stop is heard once they train: one that waits for others hears nothing
     stop = Stop() if "RANK" not in os.environ else None
     cfg, train, val = read_sources(cfg, names_of(stages))
+    keep_memory()
     world = join()
     if world.rank:
         sys.stdout = open(os.devnull, "w")             # one speaks for all
@@ -1060,10 +1083,12 @@ def main(argv):
             return
         card = (torch.cuda.get_device_name() if world.device.type == "cuda"
                 else f"{world.device.type}, {torch.get_num_threads()} threads")
-        flash = flash_attn_func and world.device.type == "cuda" and dtype == torch.bfloat16
+        by = ("plain products" if (world.device.type, dtype) == ("cpu", torch.bfloat16) else
+              "flash-attn" if flash_attn_func and world.device.type == "cuda"
+              and dtype == torch.bfloat16 else "SDPA")
         print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
         print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
-              f"{why_compiled}; attention by {'flash-attn' if flash else 'SDPA'}")
+              f"{why_compiled}; attention by {by}")
         if world.size > 1:
             print(f"{world.size} processes, {world.node} a machine; {strategy}: {why_strategy}")
         print(f"{parameters:,} parameters, {flops:,} FLOPs a token")
@@ -1071,7 +1096,8 @@ def main(argv):
         for k, stage in enumerate(stages, 1):
             print(f"stage {k}: {stage_in_words(stage, micro[k - 1], world.size, cfg.context)}")
         shards = {"fsdp": world.size, "hsdp": world.node}.get(strategy, 1)
-        state, activations = memory_needed(model, cfg, shards, max(micro), dtype)
+        state, activations = memory_needed(model, cfg, shards, max(micro), dtype, world.device,
+                                           compiled)
         memory = (f"memory: {in_bytes(state)} of weights, gradients and moments and at most about "
                   f"{in_bytes(activations)} of a micro-batch, of {in_bytes(there)} a "
                   + ("GPU" if world.device.type == "cuda" else "machine"))
