@@ -1,0 +1,414 @@
+"""How fast, against the machine's own limits and against peers.
+
+    python bench.py train [RECIPE.py] [--key=value ...] [--batch=TOKENS] [--seconds=N]
+    python bench.py train --ablate      what each optimization contributes
+    python bench.py train --peers       transformers on the same model
+
+What is timed is train.py's own train_step. Each measurement has a process to itself, so that none
+profits from what another one compiled, cached or allocated. Machines are shared and clocks wander:
+only ratios within one run mean anything, and what is compared is measured in turns.
+
+MFU, model FLOPs utilization (PaLM, arXiv 2204.02311), is the FLOP/s that the model asks for over
+those that the hardware promises. Two counts of a token's FLOPs are customary, and the same run
+looks a seventh better by the first, so both are printed, N being all parameters, L layers, C width,
+T context and V vocabulary:
+
+    6N + 12LCT          6 a parameter, and attention as if it saw the whole context
+    6(N - VC) + 6LCT    the embedding multiplies nothing, and half of attention is masked
+
+The last line is JSON: tokens_per_second, mfu (by the first count; of what products reach here
+where the maker's number is unknown), peak_memory in bytes, and ratio_to_transformers, above 1 where
+we are faster.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch._dynamo                # building an optimizer brings it along; it is no part of a step
+import torch.nn.functional as F
+
+import model
+import train
+from config import load
+from data import DataError, Header, Source, TokenWriter
+from train import PEAK_FLOPS, TrainConfig, World, in_bytes
+
+# what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
+ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
+ON_CPU = ["--n_layer=8", "--d_model=512", "--n_head=8", "--n_kv_head=2", "--d_ff=1408",
+          "--vocab_size=4096", "--context=512", "--micro_batch=8"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine
+
+def find_device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def wait(device):
+    """Until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds_of(work, device, repeats=10):
+    """Median seconds that work() takes."""
+    taken = []
+    for _ in range(repeats + 2):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        taken.append(time.perf_counter() - start)
+    return median(taken[2:])                                        # the first ones warm up
+
+
+def machine_limits(device, dtype):
+    """(FLOP/s of a large product of random numbers in dtype, bytes/s of a copy, read and
+    written)."""
+    n, size = (8192, 2 ** 30) if device.type == "cuda" else (2048, 2 ** 28)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return (2 * n ** 3 / seconds_of(lambda: a @ b, device),
+            2 * size / seconds_of(lambda: target.copy_(source), device))
+
+
+def in_own_process(function, *args):
+    """What function(*args) returns in a new process, which ends with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: each optimization, and how to do without it
+
+def attention_by_definition(q, k, v):
+    """All scores at once, and keys and values repeated for their query heads."""
+    G, T = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(mask, -math.inf)
+    return scores.softmax(-1).type_as(q) @ v
+
+
+def attention_by_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def products_one_by_one(x, layers):
+    return [layer(x) for layer in layers]
+
+
+class WholeLoss:
+    """Stands for HeadLoss: all logits, in fp32, and autograd."""
+
+    @staticmethod
+    def apply(x, weight, targets, *_):
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+OPTIMIZATIONS = ["bf16", "SDPA", "attention by rows", "joined products", "loss by parts",
+                 "fused AdamW", "memory kept", "compilation"]
+
+
+def cannot(cfg, device):
+    """{optimization: why it is left out} of those that this machine or this configuration has no
+    use for."""
+    dtype, why_dtype = train.choose_dtype(cfg, device)
+    reasons = {}
+    if dtype == torch.float32:
+        reasons["bf16"] = why_dtype
+    if device.type != "cpu" or dtype == torch.float32:
+        reasons["attention by rows"] = "it is for CPUs in bf16"
+    if device.type != "cpu":
+        reasons["memory kept"] = "it is for CPUs"
+    compiled, why_compiled = train.choose_compile(cfg, device, flops=math.inf)
+    if not compiled:
+        reasons["compilation"] = why_compiled
+    return reasons
+
+
+def do_without(left_out):
+    """Puts the textbook's way in the place of each optimization that model.py or train.py would
+    take; what their functions are told is measure_training's part."""
+    if "attention by rows" in left_out:
+        model.attention = attention_by_sdpa
+    if "SDPA" in left_out and model.attention is attention_by_sdpa:
+        model.attention = attention_by_definition
+    if "joined products" in left_out:
+        model.products = products_one_by_one
+    if "loss by parts" in left_out:
+        model.HeadLoss = WholeLoss
+
+
+def random_source(folder, cfg):
+    """A source of random tokens, which are as good as any for timing, but for constant ones."""
+    tokenizer = sha256(b"").hexdigest()
+    (folder / "tokenizer.model").write_bytes(b"")
+    n = 64 * cfg.context + 1
+    with TokenWriter(folder / "train_00000.bin", Header(cfg.vocab_size, 1, 2, tokenizer)) as file:
+        file.write(np.random.default_rng(0).integers(3, cfg.vocab_size, n))
+    (folder / "source.json").write_text(json.dumps(
+        {"train": {"tokens": n, "documents": 1, "bytes": n}}))
+    return Source(folder, "train", cfg.context)
+
+
+def timed_steps(step, seconds, warmup):
+    """The seconds of each step() for so many seconds, and of five at least."""
+    for _ in range(warmup):
+        step()
+    taken, start = [], time.perf_counter()
+    while len(taken) < 5 or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - before)
+    return taken
+
+
+def split_of_a_step(step, called, optimizer, device):
+    """{part: seconds} of one step(). The loss' own gradient is computed in the forward pass;
+    clipping counts as backward."""
+    parts, last = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}, [0.0]
+
+    def mark(part):
+        def hook(*_):
+            wait(device)
+            now = time.perf_counter()
+            if part:
+                parts[part] += now - last[0]
+            last[0] = now
+        return hook
+
+    first = called.register_forward_pre_hook(lambda *_: mark("backward" if last[0] else "")())
+    hooks = [first, called.register_forward_hook(mark("forward")),
+             optimizer.register_step_pre_hook(mark("backward")),
+             optimizer.register_step_post_hook(mark("optimizer"))]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return parts
+
+
+def measure_training(cfg, batch, seconds, left_out=()):
+    """What train_step does with `batch` rows, in a process of its own: seconds of steps, their
+    parts, memory."""
+    world = World(find_device())
+    device, on_gpu = world.device, world.device.type == "cuda"
+    do_without(left_out)
+    if "memory kept" not in left_out:
+        train.keep_memory()
+    dtype = torch.float32 if "bf16" in left_out else train.choose_dtype(cfg, device)[0]
+    compiled = "compilation" not in left_out
+    with torch.device("meta"):
+        llama = model.Llama(cfg)
+    counted = sum(train.memory_needed(llama, cfg, 1, min(batch, cfg.micro_batch), dtype, device,
+                                      compiled))
+    empty = train.memory_used(device)
+    called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing)
+    train.init_weights(llama, cfg)
+    optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
+    micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = (Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context) if cfg.data
+                  else random_source(Path(folder), cfg))
+        rows = [(source.name, i % source.windows) for i in range(batch)]
+
+        def read():
+            return train.read_batch({source.name: source}, rows, device)
+
+        x, y = read()
+        reading = seconds_of(read, device)
+
+    def step():
+        loss, norm, _ = train.train_step(called, optimizer, x, y, cfg.learning_rate, micro, dtype,
+                                         cfg.grad_clip)
+        assert math.isfinite(loss) and math.isfinite(norm), (loss, norm)
+
+    taken = timed_steps(step, seconds, warmup=20 if on_gpu else 2)
+    splits = [split_of_a_step(step, called, optimizer, device) for _ in range(3)]
+    return {"seconds": taken, "data": reading, "micro": micro, "dtype": str(dtype)[6:],
+            "parts": {part: median(split[part] for split in splits) for part in splits[0]},
+            "counted": counted, "memory": train.memory_used(device), "empty": empty}
+
+
+def measure_transformers(cfg, batch, seconds, compiled):
+    """The same of transformers, as its users would train: bf16 by autocast, compiled, AdamW
+    fused."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    device = find_device()
+    dtype, _ = train.choose_dtype(cfg, device)
+    llama = LlamaForCausalLM(LlamaConfig(
+        **{theirs: getattr(cfg, ours) for ours, theirs in model.HF_CONFIG.items()})).to(device)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=cfg.learning_rate, fused=True)
+    called = torch.compile(llama) if compiled else llama
+    micro, parts = train.split_batch(batch, 1, cfg.micro_batch)
+    x = torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
+
+    def step():
+        for rows in x.split(micro):
+            with train.precision(device, dtype):
+                loss = called(input_ids=rows, labels=rows).loss / parts
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return timed_steps(step, seconds, warmup=20 if device.type == "cuda" else 2)
+
+
+def flops_of(cfg):
+    """FLOPs of a token by 6N + 12LCT, and by 6(N - VC) + 6LCT."""
+    with torch.device("meta"):
+        llama = model.Llama(cfg)
+    flops = llama.flops_per_token()
+    idle = 0 if cfg.tie_embeddings else 6 * cfg.vocab_size * cfg.d_model
+    return flops, flops - idle - 6 * cfg.n_layer * cfg.d_model * cfg.context
+
+
+def training_of(args, recipe, device):
+    """(config, rows of a step) of a command line."""
+    named = any(not arg.startswith("--") for arg in recipe)
+    cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *recipe],
+               TrainConfig)
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or 32_000)
+    if cfg.data:
+        source = Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context)
+        cfg = replace(cfg, vocab_size=max(cfg.vocab_size, source.header.vocab_size))
+    # where a GPU's optimizer would weigh too much in a step of one micro-batch
+    tokens = args.batch or (2 ** 19 if device.type == "cuda" else cfg.micro_batch * cfg.context)
+    if tokens < cfg.context:
+        sys.exit(f"--batch={tokens} is less than one sequence of {cfg.context} tokens")
+    return cfg, tokens // cfg.context
+
+
+def bench_train(args, recipe):
+    device = find_device()
+    cfg, batch = training_of(args, recipe, device)
+    if args.peers and not find_spec("transformers"):
+        sys.exit("--peers needs transformers: pip install -r requirements-dev.txt")
+    dtype, _ = train.choose_dtype(cfg, device)
+    reasons = cannot(cfg, device)
+    measured = [name for name in OPTIMIZATIONS if name not in reasons]
+    for name, reason in reasons.items():
+        print(f"left out: {name}: {reason}")
+    # not here: a process that ends counts the memory of the one that started it as its own peak
+    products, copies = in_own_process(machine_limits, device, dtype)
+    card = (torch.cuda.get_device_name() if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
+    print(f"torch {torch.__version__}, {card}: products in {str(dtype)[6:]} "
+          f"{products / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.1f} GB/s")
+
+    def run(left_out):
+        return in_own_process(measure_training, cfg, batch, args.seconds, left_out + [*reasons])
+
+    def rate(seconds):
+        return batch * cfg.context / median(seconds)
+
+    ours, theirs = [], []
+    for _ in range(2 if args.peers else 1):                                         # in turns
+        ours.append(run([]))
+        if args.peers:
+            theirs += in_own_process(measure_transformers, cfg, batch, args.seconds,
+                                     "compilation" in measured)
+    speed = rate([s for one in ours for s in one["seconds"]])
+    result = announce(cfg, batch, speed, ours[-1], card, products) | {"copies": copies}
+    if args.ablate:
+        result["ladder"] = ladder(measured, run, rate)
+    if args.peers:
+        result["ratio_to_transformers"] = speed / rate(theirs)
+        print(f"transformers, {'compiled, ' * ('compilation' in measured)}{str(dtype)[6:]}, fused "
+              f"AdamW: {rate(theirs):,.0f} tokens/s; ours is {speed / rate(theirs):.2f} times as "
+              "fast")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(json.dumps(result))
+
+
+def announce(cfg, batch, speed, ours, card, products):
+    """Prints what was measured at so many tokens/s, and returns it for the last line."""
+    promised = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    peak, whose = promised or products, "the maker promises" if promised else "products reach"
+    tokens = batch * cfg.context
+    print(f"{speed:,.0f} tokens/s: {tokens:,} tokens a step, in micro-batches of {ours['micro']} "
+          f"x {cfg.context}, in {1e3 * tokens / speed:,.0f} ms")
+    print("  " + ", ".join(f"{part} {1e3 * s:,.0f} ms" for part, s in ours["parts"].items())
+          + f"; reading a batch {1e3 * ours['data']:,.1f} ms, while the step before computes")
+    full, strict = flops_of(cfg)
+    for name, flops in ("6N + 12LCT", full), ("6(N - VC) + 6LCT", strict):
+        print(f"  {speed * flops / 1e12:.3f} TFLOP/s by {name}: MFU {speed * flops / peak:.1%} of "
+              f"what {whose}")
+    print(f"  memory: {in_bytes(ours['memory'])} at the peak, {in_bytes(ours['empty'])} before "
+          "there was a model; weights, gradients, moments and activations as counted: "
+          f"{in_bytes(ours['counted'])}")
+    return {"tokens_per_second": speed, "mfu": speed * full / peak,
+            "mfu_strict": speed * strict / peak, "peak_memory": ours["memory"],
+            "counted_memory": ours["counted"], "products": products}
+
+
+def ladder(measured, run, rate):
+    """From the textbook's way to ours, one optimization at a time; and ours without each. What does
+    not fit into memory is None."""
+    def speed_of(left_out):
+        try:
+            ours = run(left_out)
+            return rate(ours["seconds"]), ours["memory"]
+        except torch.OutOfMemoryError:
+            return None, None
+
+    print(f"\n{'':24}{'tokens/s':>13}{'times':>8}{'peak memory':>14}{'ours without it':>18}")
+    steps = []
+    for i, name in enumerate(["the textbook's way", *measured]):
+        (speed, memory), before = speed_of(measured[i:]), steps[-1]["speed"] if steps else None
+        if i == 0 or name == "SDPA" and "attention by rows" in measured:
+            without = None                       # ours does not have it, so cannot do without it
+        else:
+            without = before if i == len(measured) else speed_of([name])[0]
+        steps.append({"name": name, "speed": speed, "memory": memory, "without": without})
+        print(f"{'+ ' * (i > 0) + name:24}{f'{speed:,.0f}' if speed else 'out of memory':>13}"
+              f"{f'{speed / before:.2f}' if speed and before else '':>8}"
+              f"{in_bytes(memory) if memory else '':>14}"
+              f"{f'{without:,.0f}' if without else '':>18}", flush=True)
+    return steps
+
+
+# --------------------------------------------------------------------------------------------------
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("train", help="tokens/s of a training step", allow_abbrev=False)
+    p.add_argument("recipe", nargs="*", help="recipe files; their keys go as --key=value")
+    p.add_argument("--batch", type=int, default=0, help="tokens of a step")
+    p.add_argument("--seconds", type=float, default=0, help="of each measurement")
+    p.add_argument("--ablate", action="store_true", help="measure each optimization")
+    p.add_argument("--peers", action="store_true", help="measure transformers, too")
+    p.add_argument("--json", help="a file for what the last line says")
+    args, keys = p.parse_known_args(argv[1:]) if argv[:1] == ["train"] else (p.parse_args(argv), [])
+    args.seconds = args.seconds or (60 if find_device().type == "cuda" else 15)
+    bench_train(args, args.recipe + keys)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
+    except (DataError, OSError) as error:
+        sys.exit(str(error))
