@@ -4,18 +4,18 @@ and code with a ramp between the two, then a cooldown by a batch four times as l
     python prepare.py demo
     python train.py config_demo.py
 
-1.6 million parameters, 1.5 million tokens, about three minutes on two CPU cores without bf16.
-Shape, vocabulary, batch and learning rate won over seven others at equal time (README, Results).
+1.6 million parameters, 6 million tokens, two and a half minutes on two CPU cores with bf16, six
+without. Shape, vocabulary, batch and learning rate won over others at equal time (README, Results).
 """
 n_layer, d_model, n_head, n_kv_head, d_ff, context = 3, 128, 2, 1, 352, 256
 
 _both = {"demo-prose": 0.5, "demo-code": 0.5}
 stages = [
-    {"tokens": 400_000, "batch": 2048, "mixture": {"demo-prose": 1}},
-    {"tokens": 800_000, "batch": 2048, "mixture": _both, "ramp": 160_000},
-    {"tokens": 300_000, "batch": 8192, "mixture": _both},
+    {"tokens": 1_600_000, "batch": 2048, "mixture": {"demo-prose": 1}},
+    {"tokens": 3_200_000, "batch": 2048, "mixture": _both, "ramp": 640_000},
+    {"tokens": 1_200_000, "batch": 8192, "mixture": _both},
 ]
 
 learning_rate, min_lr, warmup_steps = 5e-3, 5e-4, 20
-micro_batch = 16
-log_every, eval_every, eval_tokens, save_every = 10, 100, 2 ** 15, 300
+micro_batch = 8                                    # in all stages, so that one graph is compiled
+log_every, eval_every, eval_tokens, save_every = 25, 250, 2 ** 15, 1000
