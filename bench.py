@@ -281,10 +281,10 @@ def flops_of(cfg):
     return flops, flops - idle - 6 * cfg.n_layer * cfg.d_model * cfg.context
 
 
-def training_of(args, recipe, device):
+def training_of(args, device):
     """(config, rows of a step) of a command line."""
-    named = any(not arg.startswith("--") for arg in recipe)
-    cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *recipe],
+    named = any(not arg.startswith("--") for arg in args.recipe)
+    cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
                TrainConfig)
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 32_000)
     if cfg.data:
@@ -297,9 +297,9 @@ def training_of(args, recipe, device):
     return cfg, tokens // cfg.context
 
 
-def bench_train(args, recipe):
+def bench_train(args):
     device = find_device()
-    cfg, batch = training_of(args, recipe, device)
+    cfg, batch = training_of(args, device)
     if args.peers and not find_spec("transformers"):
         sys.exit("--peers needs transformers: pip install -r requirements-dev.txt")
     dtype, _ = train.choose_dtype(cfg, device)
@@ -389,20 +389,25 @@ def ladder(measured, run, rate):
 
 # --------------------------------------------------------------------------------------------------
 
-def main(argv):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="tokens/s of a training step", allow_abbrev=False)
     p.add_argument("recipe", nargs="*", help="recipe files; their keys go as --key=value")
     p.add_argument("--batch", type=int, default=0, help="tokens of a step")
-    p.add_argument("--seconds", type=float, default=0, help="of each measurement")
+    p.add_argument("--seconds", type=float, default=60 if torch.cuda.is_available() else 15,
+                   help="of each measurement (%(default)s)")
     p.add_argument("--ablate", action="store_true", help="measure each optimization")
     p.add_argument("--peers", action="store_true", help="measure transformers, too")
     p.add_argument("--json", help="a file for what the last line says")
-    args, keys = p.parse_known_args(argv[1:]) if argv[:1] == ["train"] else (p.parse_args(argv), [])
-    args.seconds = args.seconds or (60 if find_device().type == "cuda" else 15)
-    bench_train(args, args.recipe + keys)
+    args, keys = parser.parse_known_args(argv)
+    args.recipe += keys                                       # config.py refuses what is no key
+    return args
+
+
+def main(argv):
+    bench_train(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import plot
 import prepare
 import sample
@@ -181,4 +182,5 @@ def test_readme_commands_parse():
         if script == "train":
             read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
         else:
-            {"prepare": prepare, "sample": sample, "plot": plot}[script].parse_args(arguments)
+            scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench}
+            scripts[script].parse_args(arguments)

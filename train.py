@@ -1024,12 +1024,12 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
     a model on the meta device.
 
     Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights as they
-    are multiplied, and of a sharded model the gradients of micro-batches not yet reduced. Of a token, a
-    block keeps for its backward pass, compiled, its input in fp32 and what comes out of products:
-    q, k, v, attention, o, gate and up. Uncompiled it also keeps what lies between, both residuals
-    and both norms in fp32 and what goes into each product. On a CPU in bf16 the weights of
-    attention come on top. The loss takes an eighth of the logits in fp32 and twice in `dtype`, and
-    the gradient of the head once more.
+    are multiplied, and of a sharded model the gradients of micro-batches not yet reduced. Of a
+    token, a compiled block keeps for its backward pass its input in fp32 and what comes out of
+    products: q, k, v, attention, o, gate and up. Uncompiled it keeps what lies between instead of
+    computing it again: both residuals and both norms in fp32, what goes into each product, SwiGLU's
+    parts. On a CPU in bf16 the weights of attention come on top. The loss takes an eighth of the
+    logits in fp32 and twice in `dtype`, and the gradient of the head once more.
     """
     parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
     C, F, kv, T = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim, cfg.context
