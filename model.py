@@ -294,6 +294,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of_logits, learning):
         loss, dx, dw = 0, [], torch.zeros_like(weight, dtype=torch.float32)
+        if torch.is_autocast_enabled(x.device.type):                 # once, not for each part
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
         for x_part, part in zip(x.chunk(8), targets.chunk(8)):
             some, grad = loss_of_logits(F.linear(x_part, weight), part)
             loss = loss + some
