@@ -6,7 +6,7 @@
 
 What is timed is train.py's own train_step. Each measurement has a process to itself, so that none
 profits from what another one compiled, cached or allocated. Machines are shared and clocks wander:
-only ratios within one run mean anything, and what is compared is measured in turns.
+only ratios within one run mean anything, and what is compared is measured twice, in turns.
 
 MFU, model FLOPs utilization (PaLM, arXiv 2204.02311), is the FLOP/s that the model asks for over
 those that the hardware promises. Two counts of a token's FLOPs are customary, and the same run
@@ -17,8 +17,8 @@ T context and V vocabulary:
     6(N - VC) + 6LCT    the embedding multiplies nothing, and half of attention is masked
 
 The last line is JSON: tokens_per_second, mfu (by the first count; of what products reach here
-where the maker's number is unknown), peak_memory in bytes, and ratio_to_transformers, above 1 where
-we are faster.
+where the maker's number is unknown), peak_memory in bytes, ratio_to_transformers, above 1 where we
+are faster, and what else was measured.
 """
 import argparse
 import json
@@ -28,6 +28,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -36,8 +38,9 @@ from statistics import median
 
 import numpy as np
 import torch
-import torch._dynamo                # building an optimizer brings it along; it is no part of a step
+import torch._dynamo      # building an optimizer would import it, and count it as memory of a step
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import model
 import train
@@ -89,8 +92,11 @@ def machine_limits(device, dtype):
 
 def in_own_process(function, *args):
     """What function(*args) returns in a new process, which ends with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    except BrokenProcessPool:
+        raise torch.OutOfMemoryError("the process was killed") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,19 +142,24 @@ def cannot(cfg, device):
         reasons["attention by rows"] = "it is for CPUs in bf16"
     if device.type != "cpu":
         reasons["memory kept"] = "it is for CPUs"
-    compiled, why_compiled = train.choose_compile(cfg, device, flops=math.inf)
+    compiled, why_compiled = compiles(cfg, device)
     if not compiled:
         reasons["compilation"] = why_compiled
     return reasons
 
 
+def compiles(cfg, device):
+    """(whether training would compile in a run that is long enough, why)."""
+    return train.choose_compile(cfg, device, flops=math.inf)
+
+
 def do_without(left_out):
     """Puts the textbook's way in the place of each optimization that model.py or train.py would
     take; what their functions are told is measure_training's part."""
-    if "attention by rows" in left_out:
-        model.attention = attention_by_sdpa
-    if "SDPA" in left_out and model.attention is attention_by_sdpa:
+    if "SDPA" in left_out:
         model.attention = attention_by_definition
+    elif "attention by rows" in left_out:
+        model.attention = attention_by_sdpa
     if "joined products" in left_out:
         model.products = products_one_by_one
     if "loss by parts" in left_out:
@@ -167,9 +178,10 @@ def random_source(folder, cfg):
     return Source(folder, "train", cfg.context)
 
 
-def timed_steps(step, seconds, warmup):
-    """The seconds of each step() for so many seconds, and of five at least."""
-    for _ in range(warmup):
+def timed_steps(step, seconds):
+    """The seconds of each step() for so many seconds, and of five at least, after three to warm
+    up."""
+    for _ in range(3):
         step()
     taken, start = [], time.perf_counter()
     while len(taken) < 5 or time.perf_counter() - start < seconds:
@@ -182,24 +194,24 @@ def timed_steps(step, seconds, warmup):
 def split_of_a_step(step, called, optimizer, device):
     """{part: seconds} of one step(). The loss' own gradient is computed in the forward pass;
     clipping counts as backward."""
-    parts, last = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}, [0.0]
+    marks = []
 
-    def mark(part):
+    def mark(before):
         def hook(*_):
             wait(device)
-            now = time.perf_counter()
-            if part:
-                parts[part] += now - last[0]
-            last[0] = now
+            marks.append((before, time.perf_counter()))
         return hook
 
-    first = called.register_forward_pre_hook(lambda *_: mark("backward" if last[0] else "")())
-    hooks = [first, called.register_forward_hook(mark("forward")),
+    hooks = [called.register_forward_pre_hook(mark("backward")),     # of the micro-batch before
+             called.register_forward_hook(mark("forward")),
              optimizer.register_step_pre_hook(mark("backward")),
              optimizer.register_step_post_hook(mark("optimizer"))]
     step()
     for hook in hooks:
         hook.remove()
+    parts = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+    for (_, start), (part, end) in zip(marks, marks[1:]):
+        parts[part] += end - start
     return parts
 
 
@@ -207,21 +219,20 @@ def measure_training(cfg, batch, seconds, left_out=()):
     """What train_step does with `batch` rows, in a process of its own: seconds of steps, their
     parts, memory."""
     world = World(find_device())
-    device, on_gpu = world.device, world.device.type == "cuda"
+    device = world.device
     do_without(left_out)
     if "memory kept" not in left_out:
         train.keep_memory()
     dtype = torch.float32 if "bf16" in left_out else train.choose_dtype(cfg, device)[0]
-    compiled = "compilation" not in left_out
+    compiled = "compilation" not in left_out and compiles(cfg, device)[0]
+    micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
-    counted = sum(train.memory_needed(llama, cfg, 1, min(batch, cfg.micro_batch), dtype, device,
-                                      compiled))
+    counted = sum(train.memory_needed(llama, cfg, 1, micro, dtype, device, compiled))
     empty = train.memory_used(device)
     called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing)
     train.init_weights(llama, cfg)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
-    micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
 
     with tempfile.TemporaryDirectory() as folder:
         source = (Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context) if cfg.data
@@ -239,23 +250,26 @@ def measure_training(cfg, batch, seconds, left_out=()):
                                          cfg.grad_clip)
         assert math.isfinite(loss) and math.isfinite(norm), (loss, norm)
 
-    taken = timed_steps(step, seconds, warmup=20 if on_gpu else 2)
+    taken = timed_steps(step, seconds)
     splits = [split_of_a_step(step, called, optimizer, device) for _ in range(3)]
     return {"seconds": taken, "data": reading, "micro": micro, "dtype": str(dtype)[6:],
             "parts": {part: median(split[part] for split in splits) for part in splits[0]},
             "counted": counted, "memory": train.memory_used(device), "empty": empty}
 
 
-def measure_transformers(cfg, batch, seconds, compiled):
+def measure_transformers(cfg, batch, seconds):
     """The same of transformers, as its users would train: bf16 by autocast, compiled, AdamW
     fused."""
     from transformers import LlamaConfig, LlamaForCausalLM
     device = find_device()
     dtype, _ = train.choose_dtype(cfg, device)
     llama = LlamaForCausalLM(LlamaConfig(
-        **{theirs: getattr(cfg, ours) for ours, theirs in model.HF_CONFIG.items()})).to(device)
+        **{theirs: getattr(cfg, ours) for ours, theirs in model.HF_CONFIG.items()},
+        use_cache=False)).to(device)
+    if cfg.activation_checkpointing:
+        llama.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=cfg.learning_rate, fused=True)
-    called = torch.compile(llama) if compiled else llama
+    called = torch.compile(llama) if compiles(cfg, device)[0] else llama
     micro, parts = train.split_batch(batch, 1, cfg.micro_batch)
     x = torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
 
@@ -269,7 +283,7 @@ def measure_transformers(cfg, batch, seconds, compiled):
         optimizer.zero_grad()
         loss.item()
 
-    return timed_steps(step, seconds, warmup=20 if device.type == "cuda" else 2)
+    return timed_steps(step, seconds)
 
 
 def flops_of(cfg):
@@ -286,11 +300,13 @@ def training_of(args, device):
     named = any(not arg.startswith("--") for arg in args.recipe)
     cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
                TrainConfig)
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or 32_000)
     if cfg.data:
-        source = Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context)
-        cfg = replace(cfg, vocab_size=max(cfg.vocab_size, source.header.vocab_size))
-    # where a GPU's optimizer would weigh too much in a step of one micro-batch
+        cfg, _, _ = train.read_sources(cfg, [cfg.data])
+    elif not cfg.vocab_size:
+        cfg = replace(cfg, vocab_size=32_000)
+        print("a vocabulary of 32,000, as the recipe leaves it to the data: --data=NAME, or "
+              "--vocab_size=N")
+    # on a GPU many micro-batches a step: as few as one, and its optimizer would weigh too much
     tokens = args.batch or (2 ** 19 if device.type == "cuda" else cfg.micro_batch * cfg.context)
     if tokens < cfg.context:
         sys.exit(f"--batch={tokens} is less than one sequence of {cfg.context} tokens")
@@ -307,7 +323,7 @@ def bench_train(args):
     measured = [name for name in OPTIMIZATIONS if name not in reasons]
     for name, reason in reasons.items():
         print(f"left out: {name}: {reason}")
-    # not here: a process that ends counts the memory of the one that started it as its own peak
+    # not here: each process counts the peak of the one that started it as its own
     products, copies = in_own_process(machine_limits, device, dtype)
     card = (torch.cuda.get_device_name() if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads")
@@ -315,7 +331,7 @@ def bench_train(args):
           f"{products / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.1f} GB/s")
 
     def run(left_out):
-        return in_own_process(measure_training, cfg, batch, args.seconds, left_out + [*reasons])
+        return in_own_process(measure_training, cfg, batch, args.seconds, left_out)
 
     def rate(seconds):
         return batch * cfg.context / median(seconds)
@@ -324,8 +340,7 @@ def bench_train(args):
     for _ in range(2 if args.peers else 1):                                         # in turns
         ours.append(run([]))
         if args.peers:
-            theirs += in_own_process(measure_transformers, cfg, batch, args.seconds,
-                                     "compilation" in measured)
+            theirs += in_own_process(measure_transformers, cfg, batch, args.seconds)
     speed = rate([s for one in ours for s in one["seconds"]])
     result = announce(cfg, batch, speed, ours[-1], card, products) | {"copies": copies}
     if args.ablate:
@@ -342,7 +357,8 @@ def bench_train(args):
 
 def announce(cfg, batch, speed, ours, card, products):
     """Prints what was measured at so many tokens/s, and returns it for the last line."""
-    promised = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    promised = next((peak for name, peak in PEAK_FLOPS.items()
+                     if name in card and ours["dtype"] == "bfloat16"), None)
     peak, whose = promised or products, "the maker promises" if promised else "products reach"
     tokens = batch * cfg.context
     print(f"{speed:,.0f} tokens/s: {tokens:,} tokens a step, in micro-batches of {ours['micro']} "
@@ -364,26 +380,29 @@ def announce(cfg, batch, speed, ours, card, products):
 def ladder(measured, run, rate):
     """From the textbook's way to ours, one optimization at a time; and ours without each. What does
     not fit into memory is None."""
-    def speed_of(left_out):
-        try:
-            ours = run(left_out)
-            return rate(ours["seconds"]), ours["memory"]
-        except torch.OutOfMemoryError:
-            return None, None
+    climbing = [tuple(measured[i:]) for i in range(len(measured) + 1)]
+    # ours has either rows or SDPA, so it cannot do without SDPA where it has rows
+    lacking = {name: (name,) for name in measured
+               if name != "SDPA" or "attention by rows" not in measured}
+    found = {left_out: [] for left_out in (*climbing, *lacking.values())}
+    for left_out in tqdm([*found] * 2, desc="measuring"):
+        with suppress(torch.OutOfMemoryError):
+            found[left_out].append(run(list(left_out)))
+    speeds = {left_out: rate([s for one in runs for s in one["seconds"]]) if runs else None
+              for left_out, runs in found.items()}
 
     print(f"\n{'':24}{'tokens/s':>13}{'times':>8}{'peak memory':>14}{'ours without it':>18}")
-    steps = []
-    for i, name in enumerate(["the textbook's way", *measured]):
-        (speed, memory), before = speed_of(measured[i:]), steps[-1]["speed"] if steps else None
-        if i == 0 or name == "SDPA" and "attention by rows" in measured:
-            without = None                       # ours does not have it, so cannot do without it
-        else:
-            without = before if i == len(measured) else speed_of([name])[0]
+    steps, before = [], None
+    for name, left_out in zip(["the textbook's way", *measured], climbing):
+        speed, without = speeds[left_out], speeds.get(lacking.get(name))
+        memory = max((one["memory"] for one in found[left_out]), default=None)
         steps.append({"name": name, "speed": speed, "memory": memory, "without": without})
-        print(f"{'+ ' * (i > 0) + name:24}{f'{speed:,.0f}' if speed else 'out of memory':>13}"
+        print(f"{'+ ' * (before is not None) + name:24}"
+              f"{f'{speed:,.0f}' if speed else 'out of memory':>13}"
               f"{f'{speed / before:.2f}' if speed and before else '':>8}"
               f"{in_bytes(memory) if memory else '':>14}"
-              f"{f'{without:,.0f}' if without else '':>18}", flush=True)
+              f"{f'{without:,.0f}' if without else '':>18}")
+        before = speed or 0
     return steps
 
 
@@ -415,5 +434,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
-    except (DataError, OSError) as error:
+    except (DataError, model.ModelError, OSError) as error:
         sys.exit(str(error))

@@ -196,8 +196,8 @@ def choose_dtype(cfg, device):
 
 
 def choose_compile(cfg, device, flops):
-    """(whether to compile, why). On a CPU it takes a quarter of a minute and wins a fifth (bf16) or
-    a twentieth (fp32): it pays in runs that take minutes."""
+    """(whether to compile, why). On a CPU it takes a quarter of a minute and wins a tenth to a half
+    in bf16, the most in small models, and a twentieth in fp32: it pays in runs of minutes."""
     if cfg.compile is not None:
         return cfg.compile, "as asked"
     if device.type == "cuda":
@@ -210,11 +210,11 @@ def choose_compile(cfg, device, flops):
 
 def keep_memory():
     """Lets glibc keep what is freed for the next step. It would give it back to the kernel, which
-    hands it out again page by page, each cleared: a tenth of a step on a CPU."""
+    hands it out again page by page, each cleared: up to a tenth of a step on a CPU."""
     with suppress(OSError, AttributeError):                  # not everywhere is there a glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2 ** 31 - 1)                             # M_TRIM_THRESHOLD
-        mallopt(-3, 2 ** 30)                                 # M_MMAP_THRESHOLD
+        mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: nothing is trimmed
+        mallopt(-4, 0)                                       # M_MMAP_MAX: no block has its own map
 
 
 def memory_used(device):
@@ -317,14 +317,15 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     if compiled:
         torch._dynamo.config.recompile_limit = 64           # a graph for each size of a micro-batch
         # what follows from a product by a few operations a number is computed again in the backward
-        # pass, not kept: a third of the memory for a fiftieth of the time
+        # pass, not kept: saves a fourth of a block's memory, and costs a fiftieth of the time (of a
+        # CPU's)
         torch._functorch.config.activation_memory_budget = 0.9
         # dynamic: what is computed must not depend on the order in which shapes come
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-        model.loss_of_logits = compiled(model.loss_of_logits)
+        compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
+        model.loss_of_logits = compile_it(model.loss_of_logits)
     for block in model.blocks:
         if compiled:
-            block.forward = compiled(block.forward)
+            block.forward = compile_it(block.forward)
         if activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if strategy in ("fsdp", "hsdp"):
