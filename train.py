@@ -280,6 +280,7 @@ def agree(world, decide):
             answer[1], failed = True, error
     dist.broadcast_object_list(answer, src=0)
     if answer[1]:
+        dist.destroy_process_group()     # else its threads may abort a process that is ending
         raise failed or SystemExit(1)
     return answer[0]
 
