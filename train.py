@@ -196,8 +196,8 @@ def choose_dtype(cfg, device):
 
 
 def choose_compile(cfg, device, flops):
-    """(whether to compile, why). On a CPU it takes up to half a minute and wins a tenth to a half in
-    bf16, the most in small models, and a twentieth in fp32: it pays in runs of minutes."""
+    """(whether to compile, why). On a CPU it takes up to half a minute and wins a tenth to a half
+    in bf16, the most in small models, and a twentieth in fp32: it pays in runs of minutes."""
     if cfg.compile is not None:
         return cfg.compile, "as asked"
     if device.type == "cuda":
