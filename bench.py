@@ -46,7 +46,7 @@ import model
 import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
-from train import PEAK_FLOPS, TrainConfig, World, in_bytes
+from train import TrainConfig, World, find_device, in_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -56,10 +56,6 @@ ON_CPU = ["--n_layer=8", "--d_model=512", "--n_head=8", "--n_kv_head=2", "--d_ff
 
 # --------------------------------------------------------------------------------------------------
 # The machine
-
-def find_device():
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
 
 def wait(device):
     """Until the device has done what it was told."""
@@ -325,8 +321,7 @@ def bench_train(args):
         print(f"left out: {name}: {reason}")
     # not here: each process counts the peak of the one that started it as its own
     products, copies = in_own_process(machine_limits, device, dtype)
-    card = (torch.cuda.get_device_name() if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads")
+    card = train.name_of(device)
     print(f"torch {torch.__version__}, {card}: products in {str(dtype)[6:]} "
           f"{products / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.1f} GB/s")
 
@@ -357,8 +352,7 @@ def bench_train(args):
 
 def announce(cfg, batch, speed, ours, card, products):
     """Prints what was measured at so many tokens/s, and returns it for the last line."""
-    promised = next((peak for name, peak in PEAK_FLOPS.items()
-                     if name in card and ours["dtype"] == "bfloat16"), None)
+    promised = train.peak_flops(card) if ours["dtype"] == "bfloat16" else None
     peak, whose = promised or products, "the maker promises" if promised else "products reach"
     tokens = batch * cfg.context
     print(f"{speed:,.0f} tokens/s: {tokens:,} tokens a step, in micro-batches of {ours['micro']} "

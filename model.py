@@ -147,7 +147,10 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def attention_by_rows(q, k, v, rows=64):
+ROWS = 64
+
+
+def attention_by_rows(q, k, v, rows=ROWS):
     """attention by plain products, `rows` queries at a time against the keys that they see: what is
     masked is never computed, but for a corner of each part, and a part's scores stay in the CPU's
     cache. Query heads that share a key head are rows of one product.
@@ -283,11 +286,14 @@ def loss_of_logits(logits, targets):
     return -right.sum(), grad.scatter_(1, targets, (right.exp() - 1).to(logits.dtype))
 
 
+LOSS_PARTS = 8
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
     The logits are the largest tensor of a step, 384 kB a token in bf16 and fp32 with their
-    gradients, so they never exist whole: an eighth of the rows at a time they become their
+    gradients, so they never exist whole: one of LOSS_PARTS of the rows at a time they become their
     gradient, and that at once x's and the weight's. The backward pass only hands these on.
     """
 
@@ -298,7 +304,7 @@ class HeadLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):                 # once, not for each part
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        for x_part, part in zip(x.chunk(8), targets.chunk(8)):
+        for x_part, part in zip(x.chunk(LOSS_PARTS), targets.chunk(LOSS_PARTS)):
             some, grad = loss_of_logits(F.linear(x_part, weight), part)
             loss = loss + some
             if learning:

@@ -56,8 +56,8 @@ from tqdm import tqdm
 
 from config import load
 from data import DataError, Source, counts, parse_stages, sequences
-from model import (Llama, ModelConfig, ModelError, config_from_hf, flash_attn_func, hf_name,
-                   read_json, safetensors_files, write_json)
+from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf,
+                   flash_attn_func, hf_name, read_json, safetensors_files, write_json)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TrainConfig(ModelConfig):
     # how it runs: what comes out is the same but for rounding
     strategy: str = "auto"                       # of many processes: ddp, fsdp, hsdp
     micro_batch: int = 8                         # most sequences a GPU takes at once
-    activation_checkpointing: bool = False       # a third more computing for a third of the memory
+    activation_checkpointing: bool = False       # a third more computing, a quarter of the memory
     dtype: str = "auto"                          # of the computation: float32, bfloat16, auto
                                                  # (bfloat16 where hardware has it)
     compile: bool | None = None                  # None: where it pays
@@ -183,6 +183,21 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
               "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
+def find_device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def name_of(device):
+    """What it is called, for people."""
+    return (torch.cuda.get_device_name() if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
+
+
+def peak_flops(name):
+    """The FLOP/s in bf16 that the maker of a device so named promises, None if unknown."""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
 def choose_dtype(cfg, device):
     """(dtype of the computation, why)."""
     if cfg.dtype != "auto":
@@ -239,7 +254,7 @@ class World:
 
 def join():
     """The World that torchrun started this process in, or a world of one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = find_device()
     if "RANK" not in os.environ:
         return World(device)
     keys = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
@@ -318,8 +333,8 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     if compiled:
         torch._dynamo.config.recompile_limit = 64           # a graph for each size of a micro-batch
         # what follows from a product by a few operations a number is computed again in the backward
-        # pass, not kept: saves a fourth of a block's memory, and costs a fiftieth of the time (of a
-        # CPU's)
+        # pass, not kept: saves nearly a third of a block's memory, and cost a fiftieth of the time
+        # on a CPU
         torch._functorch.config.activation_memory_budget = 0.9
         # dynamic: what is computed must not depend on the order in which shapes come
         compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -1030,7 +1045,7 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
     token, a compiled block keeps for its backward pass its input in fp32 and what comes out of
     products: q, k, v, attention, o, gate and up. Uncompiled it keeps what lies between instead of
     computing it again: both residuals and both norms in fp32, what goes into each product, SwiGLU's
-    parts. On a CPU in bf16 the weights of attention come on top. The loss takes an eighth of the
+    parts. On a CPU in bf16 the weights of attention come on top. The loss takes one part of the
     logits in fp32 and twice in `dtype`, and the gradient of the head once more.
     """
     parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
@@ -1038,11 +1053,11 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
     block = (4 * C + size * (3 * C + 2 * kv + 2 * F) if compiled
              else 16 * C + size * (4 * C + 2 * kv + 4 * F))
     if device.type == "cpu" and dtype == torch.bfloat16:
-        block += size * cfg.n_head * (T + 64) // 2
+        block += size * cfg.n_head * (T + ROWS) // 2
     blocks = 4 * C * cfg.n_layer + block if cfg.activation_checkpointing else block * cfg.n_layer
     beside = (4 if shards > 1 else 0) + size
     return 16 * parameters // shards + beside * parameters, 4 * cfg.vocab_size * C + micro * T * (
-        blocks + (8 + size) * C + (4 + 2 * size) * cfg.vocab_size // 8)
+        blocks + (8 + size) * C + (4 + 2 * size) * cfg.vocab_size // LOSS_PARTS)
 
 
 def memory_there(device):
@@ -1083,8 +1098,7 @@ def main(argv):
             print(f"{path} is the end of this recipe, all {steps} steps are done: "
                   f"python sample.py {path}")
             return
-        card = (torch.cuda.get_device_name() if world.device.type == "cuda"
-                else f"{world.device.type}, {torch.get_num_threads()} threads")
+        card = name_of(world.device)
         by = ("plain products" if (world.device.type, dtype) == ("cpu", torch.bfloat16) else
               "flash-attn" if flash_attn_func and world.device.type == "cuda"
               and dtype == torch.bfloat16 else "SDPA")
@@ -1119,7 +1133,7 @@ def main(argv):
                 model.load_tensors(Path(cfg.init_from), own_part)
             else:
                 init_weights(model, cfg)
-            peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+            peak = peak_flops(card)
             metrics = world.rank == 0 and Metrics(
                 out_dir / "metrics.jsonl", first if own else None, peak and
                 peak * world.size / flops)
