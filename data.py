@@ -107,8 +107,12 @@ class TokenWriter:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
             raise DataError(f"ids {ids.min()} to {ids.max()} for {self.path}, "
                             f"whose vocabulary ends at {self.header.vocab_size - 1}")
-        self.file.write(ids.astype(self.header.dtype).tobytes())
-        self.tokens += len(ids)
+        self.write_bytes(ids.astype(self.header.dtype).tobytes())
+
+    def write_bytes(self, raw):
+        """Appends ids that are in the file's form already."""
+        self.file.write(raw)
+        self.tokens += len(raw) // self.header.dtype.itemsize
 
     def __exit__(self, error, *_):
         try:
@@ -119,8 +123,10 @@ class TokenWriter:
                 os.fsync(self.file.fileno())
                 os.replace(self.temporary, self.path)
         finally:
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
+            try:
+                self.file.close()                   # writes what is left: the disk may be full
+            finally:
+                self.temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,96 +10,351 @@ A document becomes <s> tokens </s>, and documents follow one another without pad
 meets the frame in training begins at <s> when it generates and knows where a text ends. Which
 documents are kept for validation follows from a hash of their text, so the same text never stands
 on both sides, whatever is added or reordered.
+
+Fast and exact. Byte-pair encoding starts from single characters and joins two neighbours, again and
+again, if together they are a piece of the vocabulary. A piece that reaches over the place between
+two characters a and b would contain "ab". So where "ab" is in no piece, nothing is ever joined over
+that place, whatever stands around it, and what happens on its two sides does not depend on each
+other: ids(left + right) = ids(left) + ids(right). There text can be cut, and the parts repeat
+endlessly and can be remembered. What to mind:
+
+ -  it holds for the text as SentencePiece normalizes it, spaces in it written as U+2581;
+ -  pieces marked unused count, they are joined first and taken apart later; control and byte pieces
+    never match text;
+ -  without byte fallback unknown characters in a row become one <unk>, so there is no cut between
+    two of them;
+ -  unigram models are encoded plainly: there the best way to take a text apart is a sum over all of
+    it, rounded.
+
+Llama's vocabulary joins letters with letters of the same script, punctuation with punctuation, a
+space with what follows, and digits, newlines and Chinese characters with nothing. So a text is cut
+into words, by str.split; a word met for the first time into runs of letters or of punctuation, by a
+regular expression; a run met for the first time is SentencePiece's; and characters that join
+nothing are looked up in a table. Each is remembered as its final bytes, and str.split, a dict and
+bytes.join do the rest in C.
 """
 import argparse
 import ast
 import contextlib
+import fcntl
+import gzip
 import importlib
 import inspect
 import io
 import json
+import multiprocessing
 import os
+import queue
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from importlib.util import find_spec
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import fsspec
+import numpy as np
 import sentencepiece
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading documents
+# Files
 
-def documents(path, text_key):
-    """The texts of a file: a .txt is one document, a .jsonl has one a line under `text_key`. Exits
-    at what it cannot read."""
-    path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        sys.exit(f"{path}: "
-                 "only .txt (a document a file) and .jsonl (a document a line) can be read")
+KINDS = ".txt (a document a file), .jsonl, .json (a document a line), .parquet (a document a row)"
+
+
+class Unreadable(Exception):
+    """A file that cannot be read to its end, so that what was read of it does not count."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of any filesystem that fsspec knows; `name` is what people call it."""
+    fs: fsspec.AbstractFileSystem
+    path: str
+    name: str
+    size: int
+
+    def kind(self):
+        """(".txt", ".jsonl", ".json" or ".parquet", "" or ".gz" or ".zst"); None for others."""
+        name, packed = os.path.splitext(self.name.lower())
+        if packed not in (".gz", ".zst"):
+            name, packed = self.name.lower(), ""
+        kind = os.path.splitext(name)[1]
+        known = (".txt", ".jsonl", ".json", *[".parquet"] * (not packed))
+        return (kind, packed) if kind in known else None
+
+
+def list_files(given, out):
+    """The Files that a list of paths, folders and patterns names, in this order, those of a folder
+    or a pattern sorted by path; none in the folder `out`. Exits where one names nothing that can be
+    read."""
+    files, ours = [], os.path.join(os.path.abspath(out), "")
+    for path in given:
+        try:
+            fs, inner = fsspec.core.url_to_fs(path)
+            alone = fs.isfile(inner)
+            found = ([inner] if alone else fs.find(inner) if fs.isdir(inner) else
+                     [name for name in fs.glob(inner) if fs.isfile(name)])
+            sizes = {name: fs.size(name) or 0 for name in found}
+        except (ImportError, ValueError, OSError) as error:
+            sys.exit(f"{path} cannot be opened: {error}")
+        local = isinstance(fs, LocalFileSystem)
+        named = [File(fs, name, fs.unstrip_protocol(name) if not local
+                      else name if os.path.isabs(path) else os.path.relpath(name), sizes[name])
+                 for name in sorted(found)]
+        known = [file for file in named if file.kind() and (alone or not (
+            "/." in file.path.removeprefix(inner)                        # .git, .cache
+            or local and file.path.startswith(ours)))]
+        if not found:
+            sys.exit(f"there is no file {path}")
+        if not known:
+            sys.exit(f"nothing in {path} can be read: only {KINDS}, each but .parquet also as .gz "
+                     "or .zst")
+        files += known
+    name, times = Counter(file.name for file in files).most_common(1)[0]
+    if times > 1:
+        sys.exit(f"{name} is named {times} times: its documents would be there {times} times")
+    for package, ending in ("zstandard", ".zst"), ("pyarrow", ".parquet"):
+        needs = [file.name for file in files if ending in file.kind()]
+        if needs and not find_spec(package):
+            sys.exit(f"{needs[0]} needs {package}: pip install {package}")
+    return files
+
+
+class Input(io.RawIOBase):
+    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable."""
+
+    def __init__(self, file):
+        self.described, self.seen = file, 0
+        with self.trouble():
+            self.file = file.fs.open(file.path, "rb")
+
+    @contextlib.contextmanager
+    def trouble(self):
+        try:
+            yield
+        except Exception as error:          # of whatever kind its filesystem raises
+            raise Unreadable(f"{self.described.name} cannot be read: {error}") from error
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *where):
+        with self.trouble():
+            return self.file.seek(*where)
+
+    def tell(self):
+        return self.file.tell()
+
+    def readinto(self, buffer):
+        with self.trouble():
+            read = self.file.read(len(buffer))
+        if not read and len(buffer) and self.tell() < self.described.size:
+            raise Unreadable(f"{self.described.name} ends after {self.tell():,} bytes, and it had "
+                             f"{self.described.size:,} when it was listed")
+        buffer[:len(read)] = read
+        self.seen += len(read)
+        return len(read)
+
+    def close(self):
+        if not self.closed:
+            self.file.close()
+        super().close()
+
+
+class Zstd(io.RawIOBase):
+    """What the frames of a .zst file, one after the other, decompress to. Raises EOFError where the
+    last breaks off, over which zstandard's own reader goes in silence."""
+
+    def __init__(self, file):
+        from zstandard import ZstdDecompressor
+        self.frames = ZstdDecompressor(max_window_size=2 ** 31)
+        self.file, self.frame, self.packed, self.ready = file, None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            self.packed = self.packed or self.file.read(2 ** 16)
+            if not self.packed:
+                if self.frame:
+                    raise EOFError("the compressed data end in the middle")
+                return 0
+            self.frame = self.frame or self.frames.decompressobj()
+            self.ready = memoryview(self.frame.decompress(self.packed))
+            self.packed = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents
+
+class Skipped(NamedTuple):
+    """Stands for a row that gives no document; `lost` if it should have."""
+    reason: str
+    message: str
+    lost: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows are documents, and which of those are taken."""
+    text_key: str = "text"
+    exclude: tuple = ()           # of (key, value)
+    fraction: float = 1.0
+
+    def text(self, row, where):
+        """The text of a row, a dict, or a Skipped."""
+        for key, value in self.exclude:
+            if as_text(field(row, key)) == value:
+                return Skipped(f"{key}={value}", where, lost=False)
+        text = field(row, self.text_key)
+        if text is MISSING:
+            have = f"the keys {list(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            return Skipped(f"no {self.text_key!r}", f"{where} has no {self.text_key!r}, it is "
+                           f"{have}: name the key with --text_key=KEY")
+        return self.taken(text, where)
+
+    def taken(self, text, where):
+        """The text, if it is one and is to be taken, else a Skipped."""
+        if not isinstance(text, str):
+            return Skipped("not text", f"{where} is no text but {text!r:.80}")
+        if not text:
+            return Skipped("empty", where, lost=False)
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError:
+            return Skipped("not text", f"{where} is no text that UTF-8 can write: {text!r:.80}")
+        if self.fraction < 1 and chance_of(raw, b"fraction") >= self.fraction:
+            return Skipped("not in the fraction", where, lost=False)
+        return text
+
+
+MISSING = object()
+
+
+def field(row, key):
+    """row["a"]["b"] for the key "a.b", if it has no key of that very name; MISSING if there is
+    none."""
+    if isinstance(row, dict) and key in row:
+        return row[key]
+    for part in key.split("."):
+        row = row.get(part, MISSING) if isinstance(row, dict) else MISSING
+    return row
+
+
+def as_text(value):
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def chance_of(raw, purpose=b""):
+    """A number from 0 to below 1 that follows from the bytes of a text alone."""
+    return int.from_bytes(blake2b(raw, digest_size=8, person=purpose).digest(), "big") / 2 ** 64
+
+
+def is_validation(text, fraction):
+    return chance_of(text.encode()) < fraction
+
+
+def documents(file, opened, choice):
+    """The texts of a File that is opened as an Input, and a Skipped for each row that has none, or
+    where the file breaks off. Raises Unreadable."""
+    kind, packed = file.kind()
+    stream = io.BufferedReader(opened, 2 ** 20)
+    if packed == ".gz":
+        stream = gzip.GzipFile(fileobj=stream)
+    elif packed == ".zst":
+        stream = io.BufferedReader(Zstd(stream), 2 ** 20)
+    rows = {".txt": text_file, ".parquet": parquet_rows}.get(kind, json_lines)
     try:
-        if path.suffix == ".txt":
-            yield decode(path.read_bytes(), path)
-            return
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield row_text(decode(line, where), text_key, where)
-    except OSError as error:
-        sys.exit(f"{path} cannot be read: {error.strerror}")
+        yield from rows(stream, file.name, choice)
+    except Unreadable:
+        raise
+    except Exception as error:        # what a decoder raises is up to the decoder
+        yield Skipped("breaks off", f"{file.name} breaks off, what stands before is kept: {error}")
 
 
 def decode(raw, where):
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        sys.exit(f"{where} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; "
-                 "convert it, e.g. with iconv -t utf-8")
+        return Skipped("not UTF-8", f"{where} is not UTF-8: byte {error.start} is "
+                       f"0x{raw[error.start]:02x}; convert it, e.g. with iconv -t utf-8")
 
 
-def row_text(line, text_key, where):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        sys.exit(f"{where} is not JSON: {error}")
-    if not isinstance(row, dict) or text_key not in row:
-        have = f"the keys {list(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        sys.exit(f"{where} has no {text_key!r}, it is {have}: name the key with --text_key=KEY")
-    text = row[text_key]
-    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-        sys.exit(f"{where}: {text_key!r} is no text that UTF-8 can write: {text!r:.80}")
-    return text
+def text_file(stream, name, choice):
+    text = decode(stream.read(), name)
+    yield text if isinstance(text, Skipped) else choice.taken(text, name)
 
 
-def all_documents(paths, text_key):
-    """The non-empty documents of several files, with a bar over their bytes. Exits where there is
+def json_lines(stream, name, choice):
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            where = f"{name}:{number}"
+            line = decode(line.removeprefix(b"\xef\xbb\xbf"), where)
+            if not isinstance(line, Skipped):
+                try:
+                    line = choice.text(json.loads(line), where)
+                except (ValueError, RecursionError) as error:
+                    line = Skipped("not JSON", f"{where} is not JSON: {error}")
+            yield line
+
+
+def parquet_rows(stream, name, choice):
+    from pyarrow.parquet import ParquetFile
+    table = ParquetFile(stream, buffer_size=2 ** 20)
+    have = table.schema_arrow.names
+    keys = [choice.text_key, *(key for key, _ in choice.exclude)]
+    columns = {key if key in have else key.split(".")[0] for key in keys} & set(have)
+    number = 0
+    for batch in table.iter_batches(16, columns=sorted(columns), use_threads=False):
+        for row in batch.to_pylist() if columns else [dict.fromkeys(have)] * len(batch):
+            number += 1
+            yield choice.text(row, f"{name}: row {number}")
+
+
+def all_texts(files, choice, strict):
+    """The documents of several Files as a list, and how many rows were lost. Exits where there is
     none."""
-    found = False
-    for path in paths:
-        if not os.path.isfile(path):
-            sys.exit(f"there is no file {path}")
-    with tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, desc="reading",
+    texts, lost = [], 0
+    with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading",
               disable=None) as bar:
-        for path in paths:
-            left = os.path.getsize(path)
-            if left == 0:
-                sys.exit(f"{path} is empty")
-            for text in documents(path, text_key):
-                if text:
-                    found = True
-                    yield text
-                read = min(left, len(text.encode()))
-                bar.update(read)
-                left -= read
-            bar.update(left)
-    if not found:
-        sys.exit(f"no text in {', '.join(map(str, paths))}")
+        for file in files:
+            with Input(file) as opened:
+                for text in documents(file, opened, choice):
+                    if isinstance(text, str):
+                        texts.append(text)
+                    elif text.lost:
+                        lost += 1
+                        if strict:
+                            sys.exit(f"{text.message} (--strict)")
+                        if lost <= REPORTS:
+                            bar.write(text.message, sys.stderr)
+            bar.update(file.size)
+    if not texts:
+        sys.exit("there is no text in these files")
+    return texts, lost
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,11 +510,201 @@ def write_tokenizer(folder, model):
 
 
 # --------------------------------------------------------------------------------------------------
+# Encoding, by the cuts that change nothing
+
+LONGEST = 64            # characters of a text that is worth remembering
+MEMORY = 128 * 10 ** 6  # bytes of each of an encoder's two memories
+SLICE = 2 ** 15         # characters that are encoded at a time
+
+
+class Memory(dict):
+    """{text: what `work` gives for it}, worked out when first asked for; when it is full it starts
+    anew."""
+
+    def __init__(self, work):
+        self.work, self.room = work, MEMORY
+
+    def __missing__(self, text):
+        ids = self.work(text)
+        if len(text) <= LONGEST:
+            self.room -= sys.getsizeof(text) + sys.getsizeof(ids) + 100    # 100: of the table
+            if self.room < 0:
+                self.clear()
+                self.room = MEMORY
+            self[text] = ids
+        return ids
+
+
+def families(joins, known, byte_fallback, space):
+    """The characters that stand side by side in pieces, directly or over others: a list of strings.
+    Two neighbours of different families are joined by no piece."""
+    parent = {}
+
+    def root(char):
+        while parent.setdefault(char, char) != char:
+            char = parent[char]
+        return char
+
+    for a, b in joins:
+        a, b = (b if a == space else a), (a if b == space else b)
+        parent[root(a)] = root(b)
+    found = {}
+    for char in parent:
+        found.setdefault(root(char), []).append(char)
+    found.pop(space, None)
+    large = sorted((chars for chars in found.values() if len(chars) > 1), key=len, reverse=True)
+    small = [char for chars in found.values() if len(chars) == 1 for char in chars]
+    # without byte fallback unknown characters in a row become one <unk>: they are a family, the one
+    # that is not listed
+    return ["".join(sorted(chars)) for chars in [*large, small]
+            if chars and (byte_fallback or known.issuperset(chars))]
+
+
+class Encoder:
+    """encode(text) gives the ids of SentencePieceProcessor.encode(text) as little-endian bytes."""
+
+    def __init__(self, model):
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # protobuf merges messages that follow one another: with this normalizer_spec behind it the
+        # model normalizes nothing and puts no space in front
+        self.bare = sentencepiece.SentencePieceProcessor(
+            model_proto=model + b"\x1a\x06\x12\x00\x18\x00\x20\x00")
+        self.tokenizer = sha256(model).hexdigest()
+        self.dtype = Header(len(self.sp), 0, 0, "").dtype
+        self.id_bytes = [i.to_bytes(self.dtype.itemsize, "little") for i in range(len(self.sp))]
+        self.plain = llama_style(model)         # it only writes spaces differently, and one in front
+        self.prefix = " " if self.plain else ""
+        fields = protobuf(model)
+        trainer = protobuf(fields[2][0])
+        self.is_bpe, self.byte_fallback = trainer.get(3) == [2], trainer.get(35) == [1]
+        self.find_cuts()
+        self.words, self.joining, self.runs = map(
+            Memory, (self.encode_word, self.encode_joining, self.encode_run))
+        self.ids_of_char = np.zeros((4, 0x110000), self.dtype)   # filled as needed
+        self.size_of_char = np.zeros(0x110000, np.uint8)
+
+    def find_cuts(self):
+        """Sets joins, known, by_words, split and find_runs from the pieces of the model."""
+        sp = self.sp
+        pieces = {i: sp.id_to_piece(i).replace("▁", " ") for i in range(len(sp))
+                  if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
+        self.joins = {piece[k:k + 2] for piece in pieces.values() for k in range(len(piece) - 1)}
+        self.known = {piece for i, piece in pieces.items()
+                      if len(piece) == 1 and not sp.is_unused(i)}
+        # spaces stand before what they join, as in most models, or behind it, or anywhere
+        before = all(a == " " for a, b in self.joins if b == " ")
+        behind = all(b == " " for a, b in self.joins if a == " ")
+        if not self.byte_fallback and " " not in self.known:
+            before = behind = False
+        space = " " if before or behind else ""
+        listed = families(self.joins, self.known, self.byte_fallback, space)
+        classes = [f"[{re.escape(chars)}]+" for chars in listed]
+        joining = space + re.escape("".join(listed))
+        others = f"[^{joining}]+" if joining else "(?s:.+)"
+        if not self.byte_fallback:
+            classes.append(others)
+        either = f"(?:{'|'.join(classes or ['(?!)'])})"
+        run = f" *{either}| +" if before else f"{either} *| +" if behind else either
+        self.split = re.compile(f"([{joining}]+)" if joining else "((?!))").split
+        self.find_runs = re.compile(f"{run}|{others}").findall
+        self.by_words = (before and self.byte_fallback
+                         and not any("\n" in join for join in self.joins))
+
+    def encode(self, texts):
+        """[the ids of a text as little-endian bytes] of several texts, best about SLICE characters
+        together."""
+        if not self.is_bpe:
+            return [self.pack(ids) for ids in self.sp.encode(texts)]
+        texts = list(map(self.normalize, texts))
+        if sum(map(len, texts)) > 2 * SLICE:
+            return [b"".join(self.encode_slices([part])[0] for part in self.slices(text))
+                    for text in texts]
+        return self.encode_slices([self.prefix + text if text else "" for text in texts])
+
+    def normalize(self, text):
+        return (text if self.plain else self.sp.normalize(text)).replace("▁", " ")
+
+    def slices(self, text):
+        """A normalized text in parts of about SLICE characters, which are encoded like the whole."""
+        start = 0
+        while start < len(text):
+            stop = start + SLICE
+            while stop < len(text) and not self.may_cut(text[stop - 1:stop + 1]):
+                stop += 1
+            yield ("" if start else self.prefix) + text[start:stop]
+            start = stop
+
+    def may_cut(self, pair):
+        return pair not in self.joins and (self.byte_fallback
+                                           or not self.known.isdisjoint(pair))
+
+    def encode_slices(self, texts):
+        runs = iter(self.encode_rest([text for text in texts if not self.has_words(text)]))
+        return [self.encode_words(text) if self.has_words(text) else next(runs) for text in texts]
+
+    def has_words(self, text):
+        """Whether it is worth while, and right, to cut the text at spaces first."""
+        return (self.by_words and text.count(" ", 0, 1000) * 16 > min(len(text), 1000)
+                and "\1" not in text and "\2" not in text)
+
+    def encode_words(self, text):
+        # Spaces in a row stay together: \1 stands for each, and text is cut at the single ones that
+        # are left and at newlines. So each word lacks the space before it, but for the first, which
+        # \2 marks, and those with a newline there instead.
+        text = "\2" + text.replace("  ", "\1\1").replace("\1 ", "\1\1").replace("\n", " \n")
+        return b"".join(map(self.words.__getitem__, text.split(" ")))
+
+    def encode_word(self, word):
+        text = word[1:] if word[:1] == "\2" else word if word[:1] == "\n" else " " + word
+        return self.encode_joining(text.replace("\1", " "))
+
+    def encode_joining(self, text):
+        return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
+
+    def encode_rest(self, texts):
+        """Of texts without words: what consists of characters that join others from memory, and all
+        that lies between at once."""
+        if not self.byte_fallback:
+            return [self.encode_joining(text) for text in texts]
+        found = [self.split(text) for text in texts]       # [alone, joining, alone, ..., alone]
+        alone = iter(self.encode_alone([text for parts in found for text in parts[::2]]))
+        for parts in found:
+            parts[1::2] = map(self.joining.__getitem__, parts[1::2])
+            parts[::2] = islice(alone, len(parts) // 2 + 1)
+        return [b"".join(parts) for parts in found]
+
+    def encode_alone(self, texts):
+        """Of texts whose characters stand in no piece but their own: looked up in a table."""
+        chars = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.intp)
+        sizes = self.size_of_char[chars]
+        if not sizes.all():
+            for char in np.unique(chars[sizes == 0]).tolist():
+                ids = self.bare.encode(chr(char))
+                self.ids_of_char[:len(ids), char] = ids
+                self.size_of_char[char] = len(ids)
+            sizes = self.size_of_char[chars]
+        starts = np.zeros(len(chars) + 1, np.intp)
+        np.cumsum(sizes, out=starts[1:])
+        ids = np.empty(starts[-1], self.dtype)
+        ids[starts[:-1]] = self.ids_of_char[0].take(chars)
+        for k in 1, 2, 3:
+            more = np.flatnonzero(sizes > k)
+            ids[starts[more] + k] = self.ids_of_char[k].take(chars[more])
+        ids = ids.tobytes()
+        ends = starts[[0, *accumulate(map(len, texts))]] * self.dtype.itemsize
+        return [ids[a:b] for a, b in pairwise(ends.tolist())]
+
+    def encode_run(self, text):
+        return self.pack(self.bare.encode(text.replace(" ", "▁")))
+
+    def pack(self, ids):
+        return b"".join(map(self.id_bytes.__getitem__, ids))
+
+
+# --------------------------------------------------------------------------------------------------
 # Sources
 
-def is_validation(text, fraction):
-    return (int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
-            < fraction * 2 ** 64)
+SPLITS = ("train", "val")
 
 
 @contextlib.contextmanager
@@ -280,39 +725,381 @@ def new_folder(out):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_texts(folder, i, texts, encoder, val_fraction):
+    """Writes train_%05d.bin and val_%05d.bin, both or none; what is in them, {split: counts}."""
+    sp, size = encoder.sp, encoder.dtype.itemsize
+    header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer)
+    bos, eos = encoder.pack([sp.bos_id()]), encoder.pack([sp.eos_id()])
+    info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
+                   for split in SPLITS}
+        for batch in batches(texts):
+            for text, ids in zip(batch, encoder.encode(batch), strict=True):
+                split = "val" if is_validation(text, val_fraction) else "train"
+                writers[split].write_bytes(bos + ids + eos)
+                counts = info[split]
+                counts["documents"] += 1
+                counts["tokens"] += len(ids) // size + 2
+                counts["bytes"] += len(text.encode())
+    return info
+
+
+def batches(texts):
+    """The texts in lists of SLICE characters or a little more."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= SLICE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
 def write_source(out, texts, model, val_fraction, origin):
     """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, whole or
     not at all."""
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    header = Header(len(sp), sp.bos_id(), sp.eos_id(), sha256(model).hexdigest())
-    info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
     with new_folder(Path(out)) as folder:
-        with (TokenWriter(folder / "train_00000.bin", header) as train,
-              TokenWriter(folder / "val_00000.bin", header) as val):
-            for text in texts:
-                split = "val" if is_validation(text, val_fraction) else "train"
-                ids = [sp.bos_id(), *sp.encode(text), sp.eos_id()]
-                (val if split == "val" else train).write(ids)
-                for key, more in (("documents", 1), ("tokens", len(ids)),
-                                  ("bytes", len(text.encode()))):
-                    info[split][key] += more
-        if not info["train"]["documents"]:
-            sys.exit(f"all {info['val']['documents']} documents fell to validation: "
-                     f"give more documents, or a --val_fraction below {val_fraction}")
-        write_tokenizer(folder, model)
-        about = info | {"vocab_size": len(sp), "tokenizer": header.tokenizer, "from": origin,
-                        "command": sys.argv}
-        (folder / "source.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
+        complete(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
     describe(out, info)
+
+
+def complete(folder, model, info, val_fraction, more):
+    """Puts the tokenizer and source.json beside the tokens, which makes them a source."""
+    if not info["train"]["documents"]:
+        sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
+                 f"below {val_fraction}" if (n := info["val"]["documents"]) else
+                 "there is no text in these files")
+    write_tokenizer(folder, model)
+    vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    write_json(folder / "source.json", info | {
+        "vocab_size": vocab_size, "tokenizer": sha256(model).hexdigest()} | more)
+
+
+def write_json(path, value):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 def describe(out, info):
     print(f"{out}:")
-    for split, part in info.items():
+    for split in SPLITS:
+        part = info[split]
         print(f"  {split:5} {part['documents']:>9,} documents {part['tokens']:>13,} tokens "
               f"{part['bytes']:>14,} bytes"
               + (f"  {part['bytes'] / part['tokens']:.2f} bytes per token" if part["tokens"]
                  else ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# Corpora: units of work, and who does them
+
+UNIT = 10 ** 9      # bytes of files that become one train_%05d.bin and one val_%05d.bin
+REPORTS = 20        # skipped rows of a unit that are named, beside being counted
+
+
+class Busy(Exception):
+    """A unit that another process is writing."""
+
+
+class Strict(Exception):
+    """A row that gives no document, where --strict forbids that."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All that decides what `tokenize` writes: the same corpus gives the same bytes, whoever writes
+    which unit when."""
+    out: Path
+    given: tuple
+    files: tuple
+    model: bytes
+    choice: Choice
+    val_fraction: float
+    unit: int
+
+    def units(self):
+        """Runs of whole files, of `unit` bytes at most, or of one file."""
+        units, size = [], 0
+        for file in self.files:
+            if not units or size + file.size > self.unit:
+                units.append([])
+                size = 0
+            units[-1].append(file)
+            size += file.size
+        return units
+
+    def plan(self):
+        """What must not change between the start of the work and its end, as JSON has it."""
+        listing = "".join(f"{file.name}\t{file.size}\n" for file in self.files)
+        return {"files": len(self.files), "bytes": sum(file.size for file in self.files),
+                "listing": sha256(listing.encode()).hexdigest(), "unit": self.unit,
+                "tokenizer": sha256(self.model).hexdigest(),
+                "text_key": self.choice.text_key,
+                "exclude": [f"{key}={value}" for key, value in self.choice.exclude],
+                "fraction": self.choice.fraction, "val_fraction": self.val_fraction}
+
+    def command(self):
+        """The command line, without what does not matter to the outcome."""
+        return ["prepare.py", "tokenize", *self.given, f"--out={self.out}",
+                f"--text_key={self.choice.text_key}", f"--fraction={self.choice.fraction}",
+                *[f"--exclude={key}={value}" for key, value in self.choice.exclude],
+                f"--val_fraction={self.val_fraction}"]
+
+    def record(self, i):
+        """The file that says that unit i is done, and what is in it."""
+        return self.out / "units" / f"{i:05}.json"
+
+
+def begin(corpus):
+    """Makes the folder, or finds in it the beginning of the same work; True if that is complete.
+    Exits where it holds anything else."""
+    out, plan = corpus.out, corpus.plan()
+    if (out / "source.json").exists():
+        compare(out, read_json(out / "source.json").get("plan"), plan)
+        return True
+    if out.exists() and any(out.iterdir()) and not (out / "units").is_dir():
+        sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
+                 "choose another --out")
+    (out / "units").mkdir(parents=True, exist_ok=True)
+    with open(out / "units" / "plan.json", "a+") as file:       # others may begin at the same time
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        with contextlib.suppress(ValueError):                   # nothing, or torn: as good as new
+            if any((out / "units").glob("[0-9]*.json")):
+                compare(out, json.loads(text), plan)
+            if json.loads(text) == plan:
+                return False
+        for path in out.glob("*.bin"):
+            path.unlink()
+        file.truncate(0)
+        file.write(json.dumps(plan))
+    return False
+
+
+def compare(out, old, new):
+    if old is None:
+        sys.exit(f"{out} exists already: remove it first, or choose another --out")
+    differs = [f"{key} was {old.get(key)} and is {new[key]}" for key in new
+               if old.get(key) != new[key]]
+    if differs:
+        sys.exit(f"{out} was made, or begun, from other input: {'; '.join(differs)}. Give the "
+                 "command that began it, remove the folder, or choose another --out")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        sys.exit(f"{path} is damaged ({error}): remove the folder, and begin again")
+
+
+@contextlib.contextmanager
+def owned(record):
+    """Keeps others away from a unit, by a lock that ends with this process however it ends; gives
+    whether there is something to do. Raises Busy."""
+    with open(record.with_suffix(".lock"), "a") as file:
+        for attempt in range(25):                       # a predecessor may be dying: five seconds
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.2)
+        else:
+            raise Busy(f"another process is writing unit {int(record.stem)}")
+        yield not record.exists()
+
+
+def write_unit(corpus, i, files, encoder, strict, tell):
+    """Tokenizes unit i, unless it is done. Calls tell(n) for n bytes of files that were read, and
+    tell(message) for what is wrong with them. Raises Unreadable, Busy and Strict, and OSError for
+    what cannot be written: then the unit is not done."""
+    told, skipped, lost, broken = 0, Counter(), 0, []
+
+    def progress(read):
+        nonlocal told
+        tell(read - told)
+        told = read
+
+    def skip(row):
+        nonlocal lost
+        skipped[row.reason] += 1
+        if row.lost:
+            if strict:
+                raise Strict(f"{row.message} (--strict)")
+            lost += 1
+            if row.reason == "breaks off":
+                broken.append(row.message)
+            if lost <= REPORTS or row.reason == "breaks off":
+                tell(row.message)
+            elif lost == REPORTS + 1:
+                tell("more rows like these are counted, and not named")
+
+    def texts():
+        before = 0
+        for file in files:
+            with Input(file) as opened:
+                for text in documents(file, opened, corpus.choice):
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        skip(text)
+                    read = before + min(opened.seen, file.size)
+                    if read > told + 10 ** 6:
+                        progress(read)
+            before += file.size
+            progress(before)
+
+    with owned(corpus.record(i)) as needed:
+        if needed:
+            try:
+                info = write_texts(corpus.out, i, texts(), encoder, corpus.val_fraction)
+            except BaseException:
+                progress(0)
+                raise
+            write_json(corpus.record(i),
+                       info | {"skipped": dict(skipped), "lost": lost, "broken": broken})
+
+
+def work(corpus, indices, strict, tell):
+    """Does units one after the other; tells what kept one from being done, too."""
+    encoder, units = Encoder(corpus.model), corpus.units()
+    for i in indices:
+        try:
+            write_unit(corpus, i, units[i], encoder, strict, tell)
+        except (Unreadable, Busy, Strict, OSError, MemoryError) as error:
+            tell(error)
+
+
+def worker(corpus, todo, place, strict, events):
+    """The life of a process that takes units of `todo` as long as there are any."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # the first process will tell
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # so that what is half-written goes
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def indices():
+        while True:
+            with place.get_lock():
+                k, place.value = place.value, place.value + 1
+            if k >= len(todo):
+                return
+            yield todo[k]
+
+    work(corpus, indices(), strict, events.put)
+    events.put(None)
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def run_units(corpus, todo, workers, strict):
+    """Does the units `todo` with so many processes; the messages of those that could not be
+    done."""
+    units, failed = corpus.units(), []
+    with tqdm(total=sum(file.size for i in todo for file in units[i]), unit="B", unit_scale=True,
+              desc=corpus.out.name, disable=None) as bar:
+        def tell(event):
+            if isinstance(event, int):
+                bar.update(event)
+            elif isinstance(event, (Unreadable, Busy)):
+                failed.append(str(event))
+            elif isinstance(event, str):
+                bar.write(event, sys.stderr)
+            else:
+                raise event
+
+        if min(workers, len(todo)) <= 1:
+            work(corpus, todo, strict, tell)
+            return failed
+        context = multiprocessing.get_context("spawn")
+        place, events = context.Value("q", 0), context.Queue()
+        processes = [context.Process(target=worker, args=(corpus, todo, place, strict, events))
+                     for _ in range(min(workers, len(todo)))]
+        try:
+            for process in processes:
+                process.start()
+            running = len(processes)
+            while running:
+                if any(process.exitcode for process in processes):     # it may have held a lock
+                    raise ChildProcessError(0, "a worker was killed (for its memory, perhaps)")
+                with contextlib.suppress(queue.Empty):
+                    event = events.get(timeout=0.5)
+                    if event is None:
+                        running -= 1
+                    else:
+                        tell(event)
+        finally:
+            for process in processes:
+                if process.pid:
+                    process.terminate()
+                    process.join()
+    return failed
+
+
+def finish(corpus):
+    """source.json of a corpus, once all its units are done; None before that."""
+    path, units = corpus.out / "source.json", len(corpus.units())
+    with contextlib.suppress(FileNotFoundError):            # another process may have finished it
+        with open(corpus.out / "units" / "plan.json", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            records = [corpus.record(i) for i in range(units)]
+            if not path.exists() and all(record.exists() for record in records):
+                records = list(map(read_json, records))
+                info = {split: {key: sum(record[split][key] for record in records)
+                                for key in ("documents", "tokens", "bytes")} for split in SPLITS}
+                skipped = sum((Counter(record["skipped"]) for record in records), Counter())
+                try:
+                    complete(corpus.out, corpus.model, info, corpus.val_fraction, {
+                        "from": corpus.given, "command": corpus.command(),
+                        "skipped": dict(sorted(skipped.items())),
+                        "lost": sum(record["lost"] for record in records),
+                        "broken": [name for record in records for name in record["broken"]],
+                        "plan": corpus.plan()})
+                except SystemExit:                   # there is nothing to train on
+                    shutil.rmtree(corpus.out)
+                    raise
+                shutil.rmtree(corpus.out / "units")
+    return read_json(path) if path.exists() else None
+
+
+def tokenize(corpus, part, parts, workers, strict):
+    """Does a part of the parts of a corpus, and makes a source of it once all is done. Exits where
+    anything was lost, by 3, or is left to do, by 1."""
+    units, failed = corpus.units(), []
+    if not begin(corpus):
+        todo = [i for i in range(part - 1, len(units), parts) if not corpus.record(i).exists()]
+        again = "the same command goes on from there"
+        try:
+            failed = run_units(corpus, todo, workers, strict)
+        except (Strict, OSError, MemoryError, KeyboardInterrupt) as error:
+            why = (error if isinstance(error, Strict) else "stopped"
+                   if isinstance(error, KeyboardInterrupt) else "out of memory: give fewer --workers"
+                   if isinstance(error, MemoryError) else f"{error.strerror or error}")
+            done = sum(corpus.record(i).exists() for i in range(len(units)))
+            sys.exit(f"{corpus.out}: {why}; {done} of {len(units)} units are done, {again}")
+    source = finish(corpus)
+    if source is None:
+        done = sum(corpus.record(i).exists() for i in range(len(units)))
+        print(f"{corpus.out}: {done} of {len(units)} units are done")
+        if failed:
+            sys.exit("\n".join([*failed, f"what is left is done when {again}"]))
+        return
+    describe(corpus.out, source)
+    for reason, n in source["skipped"].items():
+        print(f"  {n:,} rows skipped: {reason}")
+    for message in source["broken"]:
+        print(f"  {message}")
+    for key, value in corpus.choice.exclude:
+        if f"{key}={value}" not in source["skipped"]:
+            print(f"  no row was excluded by {key}={value}")
+    if source["lost"]:
+        sys.exit(3)
 
 
 def inspect_source(folder):
@@ -427,26 +1214,57 @@ def parse_args(argv):
     p.add_argument("--data_dir", default="data")
     p.add_argument("--vocab_size", type=int, default=4096)
 
-    p = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer as Llama's was")
-    p.add_argument("files", nargs="+",
-                   help=".txt (a document a file) or .jsonl (a document a line)")
+    reading = argparse.ArgumentParser(add_help=False)
+    reading.add_argument("files", nargs="+", help=f"files, folders or patterns: {KINDS}; .gz and "
+                         ".zst of them; of any filesystem that fsspec opens")
+    reading.add_argument("--text_key", default="text",
+                         help="the key or column of the text; a.b for b in a (%(default)s)")
+    reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",
+                         help="leave out rows that have this; may be repeated")
+    reading.add_argument("--fraction", type=float, default=1.0,
+                         help="share of the documents to take, chosen by a hash of each")
+    reading.add_argument("--strict", action="store_true",
+                         help="stop at the first row that should be a document and is none")
+
+    p = commands.add_parser("tokenizer", parents=[reading],
+                            help="train a SentencePiece tokenizer as Llama's was")
     p.add_argument("--vocab_size", type=int, default=4096)
     p.add_argument("--out", required=True, help="the file to write")
-    p.add_argument("--text_key", default="text", help="the key of the text in .jsonl")
 
-    p = commands.add_parser("tokenize", help="write the token files of a source")
-    p.add_argument("files", nargs="+",
-                   help=".txt (a document a file) or .jsonl (a document a line)")
+    p = commands.add_parser("tokenize", parents=[reading], help="write the token files of a source")
     p.add_argument("--tokenizer", required=True, help="a SentencePiece model")
     p.add_argument("--out", required=True, help="the folder to write, data/NAME")
-    p.add_argument("--text_key", default="text", help="the key of the text in .jsonl")
     p.add_argument("--val_fraction", type=float, default=0.001,
                    help="share of the documents kept for validation")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    p.add_argument("--part", default="1/1", metavar="I/N",
+                   help="do only the I-th of N parts; others do theirs into the same folder")
 
     p = commands.add_parser("inspect", help="print what is in a source")
     p.add_argument("source", help="data/NAME")
 
     return parser.parse_args(argv)
+
+
+def choice_of(args):
+    exclude = []
+    for pair in args.exclude:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            sys.exit(f"--exclude={pair} must be KEY=VALUE")
+        exclude.append((key, value))
+    if not 0 < args.fraction <= 1:
+        sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
+    return Choice(args.text_key, tuple(exclude), args.fraction)
+
+
+def part_of(text):
+    """(I, N) of "I/N"."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        sys.exit(f"--part={text} must be I/N with I from 1 to N: 1/4, 2/4, 3/4 and 4/4 are all of "
+                 "it")
+    return int(found[1]), int(found[2])
 
 
 def main(argv):
@@ -458,21 +1276,29 @@ def main(argv):
     elif not Path(args.out).name:
         sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
                  "a folder for a source")
-    elif os.path.exists(args.out):
-        sys.exit(f"{args.out} exists already: remove it first, or choose another --out")
     elif args.command == "tokenizer":
-        model = train_tokenizer(list(all_documents(args.files, args.text_key)), args.vocab_size)
-        out = Path(args.out)
+        out, choice = Path(args.out), choice_of(args)
+        if out.exists():
+            sys.exit(f"{out} exists already: remove it first, or choose another --out")
+        texts, lost = all_texts(list_files(args.files, args.out), choice, args.strict)
+        model = train_tokenizer(texts, args.vocab_size)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_name(out.name + ".tmp").write_bytes(model)
         os.replace(out.with_name(out.name + ".tmp"), out)
-        print(f"{out}: {args.vocab_size} pieces")
+        print(f"{out}: {args.vocab_size} pieces, from {len(texts):,} documents")
+        if lost:
+            print(f"  {lost:,} rows were skipped")
+            sys.exit(3)
     else:
         if not 0 <= args.val_fraction < 1:
             sys.exit(f"--val_fraction={args.val_fraction} must be at least 0 and below 1")
+        if args.workers < 1:
+            sys.exit(f"--workers={args.workers} must be at least 1")
+        part, choice = part_of(args.part), choice_of(args)
         load_tokenizer(args.tokenizer)
-        write_source(args.out, all_documents(args.files, args.text_key),
-                     Path(args.tokenizer).read_bytes(), args.val_fraction, args.files)
+        corpus = Corpus(Path(args.out), tuple(args.files), tuple(list_files(args.files, args.out)),
+                        Path(args.tokenizer).read_bytes(), choice, args.val_fraction, UNIT)
+        tokenize(corpus, *part, args.workers, args.strict)
 
 
 if __name__ == "__main__":

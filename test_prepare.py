@@ -1,16 +1,32 @@
 """Proofs of prepare.py: what is tokenized decodes to itself, other programs agree on every id, and
 bad input is refused whole."""
 import ast
+import gzip
+import io
+import itertools
 import json
+import os
 import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
+import zstandard
 from transformers import AutoTokenizer
 
 import prepare
 from data import Source
+
+HERE = Path(__file__).parent
 
 TEXT = ("The quick brown fox jumps over the lazy dog, 1984 times.\n" * 3
         + "def f(x):\n    return x ** 2  # übermäßig\n\n" * 5 + "\ttabs\t\tand     spaces   \n"
@@ -122,35 +138,614 @@ def test_impossible_vocabularies_are_refused(vocab_size, words, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources
+# Encoding by cuts
 
-def test_documents_in_are_documents_out(folder, tmp_path):
-    """Framing once wrong (only BOS, only EOS) cannot be mended later; a text on both sides makes
-    validation worthless."""
-    texts = [f"Document {k}: {'word ' * (k % 7)}{AWKWARD[k % len(AWKWARD)]}\n" for k in range(300)]
-    rows = "".join(json.dumps({"content": text, "other": 1}) + "\n" for text in texts[1:])
-    files = write_files(tmp_path, first_txt=texts[0], rest_jsonl=rows)
-    out = tmp_path / "data/my"
-    prepare.main(["tokenize", *files, f"--tokenizer={folder / 'tokenizer.model'}", f"--out={out}",
-                  "--text_key=content", "--val_fraction=0.2"])
-    sp, info, found = (prepare.load_tokenizer(out / "tokenizer.model"),
-                       json.loads((out / "source.json").read_text()), {})
+CHINESE = "今天天气很好，我们去公园散步。不知道明天会不会下雨？中文 mixed 文字 123。\n" * 9
+ODD = [" ", "  ", "   ", "\n", "\n\n", " \n", "\n ", "▁", "▁▁", "\0", "\1", "\2", "\1 ", "☃", "☂☃",
+       "e\u0301", "\ufeff", "\u3000", "\xa0", "ﬁ", "中", "文", "🙂", "1", "23", "\t", "é", "\u1100\u1161",
+       "a", "the", "\r\n"]
+
+
+def train(**options):
+    """A SentencePiece model (bytes) of TEXT and others."""
+    out, text = io.BytesIO(), TEXT + CHINESE + "Ωμέγα привет мир café naïve 한국어 ﬁ\n" * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")), model_writer=out, minloglevel=2, **dict(
+            model_type="bpe", vocab_size=600, hard_vocab_limit=False, character_coverage=0.995,
+            normalization_rule_name="identity", remove_extra_whitespaces=False) | options)
+    return out.getvalue()
+
+
+def edited(model, edit):
+    """The model with its pieces [text, score, type] as edit(pieces, random) leaves them."""
+    def message(number, raw):
+        size, head = len(raw), [number << 3 | 2]
+        while size > 127:
+            head.append(size & 127 | 128)
+            size >>= 7
+        return bytes([*head, size]) + raw
+
+    fields = prepare.protobuf(model)
+    pieces = [[found[1][0], struct.unpack("<f", found.get(2, [bytes(4)])[0])[0],
+               found.get(3, [1])[0]] for found in map(prepare.protobuf, fields.pop(1))]
+    edit(pieces, random.Random(1))
+    return b"".join([*(message(1, message(1, text) + b"\x15" + struct.pack("<f", score)
+                               + bytes([0x18, kind])) for text, score, kind in pieces),
+                     *(message(number, raw) for number, (raw, *_) in fields.items())])
+
+
+def unused(pieces, rng):
+    for piece in pieces:
+        piece[2] = 5 if piece[2] == 1 and rng.random() < 0.5 else piece[2]
+
+
+def ties(pieces, rng):
+    for piece in pieces:
+        piece[1] = -float(rng.randint(0, 5))
+
+
+def without_characters(pieces, rng):
+    pieces[:] = [piece for piece in pieces if piece[2] != 1 or len(piece[0].decode()) > 1
+                 or rng.random() < 0.5]
+
+
+def of_unknown(pieces, rng):
+    pieces += [[text.encode(), -1.0, 1] for text in ("☃☂", "é☃", "▁☃", "☂☂", "Ж☃")]
+
+
+FALLBACK, PLAIN = dict(byte_fallback=True), dict(byte_fallback=False)
+MODELS = {
+    "Llama's way": dict(FALLBACK, split_digits=True, allow_whitespace_only_pieces=True),
+    "no byte fallback": dict(PLAIN, allow_whitespace_only_pieces=True),
+    "nmt_nfkc, spaces stripped": dict(FALLBACK, normalization_rule_name="nmt_nfkc",
+                                      remove_extra_whitespaces=True),
+    "nfkc_cf": dict(PLAIN, normalization_rule_name="nfkc_cf"),
+    "no dummy prefix": dict(FALLBACK, add_dummy_prefix=False),
+    "spaces behind words": dict(FALLBACK, treat_whitespace_as_suffix=True),
+    "spaces behind words, no fallback": dict(PLAIN, treat_whitespace_as_suffix=True),
+    "spaces inside pieces": dict(FALLBACK, split_by_whitespace=False,
+                                 allow_whitespace_only_pieces=True),
+    "anything in pieces": dict(PLAIN, split_by_whitespace=False, split_by_unicode_script=False,
+                               split_by_number=False),
+    "pieces over scripts": dict(FALLBACK, split_by_unicode_script=False, split_by_number=False),
+    "user-defined": dict(FALLBACK, control_symbols=["<c>", "[INST]"], user_defined_symbols=[
+        "\n\n", "the", "he l", "▁▁▁", "x\n", "...", "<s", "中文", "▁over"]),
+    "user-defined, no fallback": dict(PLAIN, user_defined_symbols=["\n", "ing", "▁a b", "--"]),
+    "unigram": dict(FALLBACK, model_type="unigram")}
+
+
+def same_ids(encoder, texts):
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        assert np.frombuffer(ids, encoder.dtype).tolist() == encoder.sp.encode(text), repr(text)
+
+
+def strings_of(encoder, n):
+    """n strings of pieces of the model and of odd characters, without meaning, and of real text."""
+    rng, sp = random.Random(0), encoder.sp
+    pieces = [sp.id_to_piece(i).replace("▁", " ") for i in range(len(sp))]
+    for k in range(n):
+        source = (TEXT, CHINESE)[k % 2]
+        start = rng.randrange(len(source))
+        yield (source[start:start + rng.randint(1, 300)] if k % 5 == 0 else "".join(
+            rng.choice(pieces if rng.random() < 0.6 else ODD) for _ in range(rng.randint(0, 40))))
+
+
+CASES = [*((name, None) for name in MODELS), *itertools.product(
+    ["Llama's way", "no byte fallback", "user-defined", "spaces inside pieces"],
+    [unused, ties, without_characters, of_unknown])]
+
+
+def check_model(name, edit, n, step, monkeypatch):
+    model = train(**MODELS[name])
+    encoder = prepare.Encoder(edited(model, edit) if edit else model)
+    assert encoder.is_bpe == (name != "unigram")
+    for SLICE in 2 ** 15, 50:
+        monkeypatch.setattr(prepare, "SLICE", SLICE)
+        if encoder.is_bpe or SLICE > 50:
+            same_ids(encoder, [*AWKWARD, *ODD, *strings_of(encoder, n)])
+    same_ids(encoder, ["".join(chr(c) for c in [*range(0x3000), *range(0x3000, 0x110000, step)]
+                               if not 0xD800 <= c < 0xE000)])
+
+
+@pytest.mark.parametrize("name, edit", CASES, ids=lambda part: getattr(part, "__name__", part))
+def test_cut_text_has_the_same_ids(name, edit, monkeypatch):
+    """A cut where something could be joined changes ids silently, and with them what is
+    learned."""
+    check_model(name, edit, 100, 1 if (name, edit) == CASES[0] else 499, monkeypatch)
+
+
+@pytest.mark.slow
+def test_cut_text_has_the_same_ids_in_thousands_of_strings(monkeypatch):
+    """The rare cases are rare: one wrong string in a hundred was the best of the wrong rules."""
+    for name, edit in CASES:
+        check_model(name, edit, 3000, 1, monkeypatch)
+
+
+def test_edited_models_are_what_they_say():
+    """Were the edit of a model lost, its test would prove nothing."""
+    model, sp = train(**MODELS["Llama's way"]), sentencepiece.SentencePieceProcessor
+    assert (sp(model_proto=edited(model, lambda pieces, rng: None)).encode(TEXT)
+            == sp(model_proto=model).encode(TEXT))
+    assert any(map(sp(model_proto=edited(model, unused)).is_unused, range(300, 500)))
+    assert "☂☂" in sp(model_proto=edited(model, of_unknown)).encode("☂☂", out_type=str)[-1]
+    short = sp(model_proto=edited(model, without_characters))
+    assert {len(short.encode(c)) for c in "▁ QJ"} > {2}
+
+
+def test_a_wrong_cut_would_be_found():
+    """The counterexamples behind each condition: a test that passes without them proves nothing."""
+    def differs(name, edit, change):
+        model = train(**MODELS[name])
+        encoder = prepare.Encoder(edited(model, edit) if edit else model)
+        change(encoder)
+        encoder.find_cuts()
+        with pytest.raises(AssertionError):
+            same_ids(encoder, [*AWKWARD, *ODD, *strings_of(encoder, 1000)])
+
+    def forget_unused(encoder):
+        encoder.sp.is_control = lambda i: encoder.sp.is_unused(i)
+
+    differs("Llama's way", unused, forget_unused)
+    differs("no byte fallback", None, lambda encoder: setattr(encoder, "byte_fallback", True))
+    differs("nmt_nfkc, spaces stripped", None, lambda encoder: setattr(encoder, "plain", True))
+    differs("Llama's way", None, lambda encoder: setattr(encoder, "prefix", ""))
+
+
+def test_memory_of_the_encoder_is_bounded(model, monkeypatch):
+    """On a corpus that never repeats itself what is remembered would grow without end."""
+    monkeypatch.setattr(prepare, "MEMORY", 20_000)
+    encoder, rng = prepare.Encoder(model), random.Random(0)
+    sizes = []
+    for _ in range(50):
+        text = "".join(rng.choices("abcdefgh  ,.", k=500)) + " " + "x" * 5000
+        same_ids(encoder, [text])
+        sizes.append(len(encoder.words))
+    assert 0 < max(sizes) < 150 and sizes != sorted(sizes)
+    assert max(map(len, encoder.runs)) <= prepare.LONGEST < 5000
+
+
+@pytest.mark.slow
+def test_a_document_of_50_megabytes(folder, tmp_path):
+    """SentencePiece takes 2 GB for it, and so would a list of its words."""
+    rng = random.Random(0)
+    words = [TEXT, CHINESE, "🙂 ", *(f"{rng.randrange(10 ** 9):x} " for _ in range(10 ** 5))]
+    text = "".join(rng.choices(words, weights=[3, 3, 3, *[1] * 10 ** 5], k=6_000_000))
+    while len(text.encode()) > 5 * 10 ** 7:
+        text = text[:-10 ** 5]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    code = f"""if True:
+        import prepare, resource
+        try:
+            prepare.main(["tokenize", "a.jsonl", "--tokenizer={folder / 'tokenizer.model'}",
+                          "--out=out", "--workers=1", "--val_fraction=0"])
+        finally:
+            print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, check=True,
+                         capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert int(run.stdout.split("peak")[1]) < 10 ** 6                            # kilobytes
+    source = Source(tmp_path / "out", "train", 16)
+    ids = source.read(1, source.info["tokens"] - 1)
+    expected = np.array(prepare.load_tokenizer(folder / "tokenizer.model").encode(text))
+    assert np.array_equal(ids, expected) and len(text.encode()) > 4.9e7
+
+
+# --------------------------------------------------------------------------------------------------
+# Files and documents
+
+DOCUMENTS = [f"Document {k}: {'word ' * (k % 7)}{AWKWARD[k % len(AWKWARD)]}\n" for k in range(40)]
+
+
+def as_rows(texts, key="text"):
+    return "".join(json.dumps({key: text, "meta": {"set": f"S{k % 3}", "n": k}}) + "\n"
+                   for k, text in enumerate(texts)).encode()
+
+
+def as_parquet(texts, key="text"):
+    out = io.BytesIO()
+    rows = [{key: text, "meta": {"set": f"S{k % 3}", "n": k}} for k, text in enumerate(texts)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, row_group_size=17)
+    return out.getvalue()
+
+
+def in_frames(raw, n=3):
+    """Several zstandard frames, as parallel compressors write them."""
+    step = len(raw) // n + 1
+    return b"".join(map(zstandard.compress, [raw[i:i + step] for i in range(0, len(raw), step)]))
+
+
+def put(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def tokenize(folder, *arguments, workers=1):
+    """prepare.py tokenize, in this process; its exit status, or what it refuses with."""
+    try:
+        prepare.main(["tokenize", *map(str, arguments), f"--workers={workers}",
+                      f"--tokenizer={folder / 'tokenizer.model'}"])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def read_source(out):
+    """{split: its documents, decoded}, of a source; every one framed."""
+    sp, found = prepare.load_tokenizer(out / "tokenizer.model"), {}
+    info = json.loads((out / "source.json").read_text())
     for split in "train", "val":
         source = Source(out, split, 16)
-        ids = source.read(0, source.info["tokens"])
-        assert ids[0] == 1 and ids[-1] == 2
-        documents = np.split(ids, np.flatnonzero(ids == 1)[1:])
-        assert all(d[-1] == 2 and (d == 2).sum() == 1 for d in documents)
-        found[split] = [sp.decode(d[1:-1].tolist()) for d in documents]
-        assert len(documents) == info[split]["documents"]
-        assert sum(len(text.encode()) for text in found[split]) == info[split]["bytes"]
-        assert found[split] == [text for text in texts if text in set(found[split])]  # in order
-    assert sorted(found["train"] + found["val"]) == sorted(texts) and 30 < len(found["val"]) < 90
-    assert not set(found["train"]) & set(found["val"])
-    assert sorted(p.name for p in out.iterdir()) == [
+        total = source.info["tokens"]
+        ids = source.read(0, total) if total else np.array([], int)
+        texts = np.split(ids, np.flatnonzero(ids == 1)[1:]) if total else []
+        assert all(d[0] == 1 and d[-1] == 2 and (d == 2).sum() == 1 for d in texts)
+        found[split] = [sp.decode(d[1:-1].tolist()) for d in texts]
+        assert info[split] == {"documents": len(texts), "tokens": total,
+                               "bytes": sum(len(text.encode()) for text in found[split])}
+    return found
+
+
+CONTAINERS = {
+    "a.jsonl": as_rows, "a.json": as_rows, "a.jsonl.gz": lambda t: gzip.compress(as_rows(t)),
+    "a.json.gz": lambda t: gzip.compress(as_rows(t[:9])) + gzip.compress(as_rows(t[9:])),
+    "a.jsonl.zst": lambda t: in_frames(as_rows(t)), "a.parquet": as_parquet,
+    "bom.jsonl": lambda t: b"\xef\xbb\xbf" + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_documents_in_are_documents_out(name, folder, tmp_path):
+    """Framing once wrong (only BOS, only EOS) cannot be mended later, nor a document lost."""
+    put(tmp_path, {name: CONTAINERS[name](DOCUMENTS)})
+    assert tokenize(folder, tmp_path / name, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out") == {"train": DOCUMENTS, "val": []}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "source.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
         "train_00000.bin", "val_00000.bin"]
 
+
+def test_texts_are_documents(folder, tmp_path):
+    """A .txt is one document, packed or not, whatever lines it has."""
+    texts = [TEXT, "x", "\n\n two\r\nlines"]
+    put(tmp_path, {"a.txt": texts[0], "b.txt.gz": gzip.compress(texts[1].encode()),
+                   "c.txt.zst": zstandard.compress(texts[2].encode())})
+    assert tokenize(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out")["train"] == texts
+
+
+def test_folders_patterns_and_other_filesystems(folder, tmp_path, monkeypatch):
+    """The order of files is the order of training: a listing as the disk has it would differ from
+    machine to machine."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {"in/b/2.txt": "b2", "in/a/10.jsonl": as_rows(["a10"]), "in/a/9.txt": "a9",
+                   "in/.cache/x.txt": "no", "in/a/notes.md": "no", "z[1].txt": "z", "y1.txt": "y1",
+                   "y2.txt": "y2"})
+    with zipfile.ZipFile("far.zip", "w") as archive:
+        archive.writestr("d/q.txt", "far q")
+        archive.writestr("d/p.jsonl", as_rows(["far p"]).decode())
+    assert tokenize(folder, "z[1].txt", "in", "y*.txt", "zip://d/*::far.zip", "--out=out",
+                    "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out")["train"] == [
+        "z", "a10", "a9", "b2", "y1", "y2", "far p", "far q"]
+    for given, words in [(["nowhere"], "no file nowhere"), (["q*.txt"], "no file"),
+                         (["in/a/notes.md"], "can be read"), (["nothing://x"], "cannot be opened"),
+                         (["y1.txt", "in", "y1.txt"], "y1.txt is named 2 times")]:
+        assert words in tokenize(folder, *given, "--out=other")
+        assert not Path("other").exists()
+    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    put(tmp_path, {"a.parquet": b"", "a.jsonl.zst": b""})
+    assert "pip install pyarrow" in tokenize(folder, "a.parquet", "--out=other")
+    assert "pip install zstandard" in tokenize(folder, "a.jsonl.zst", "--out=other")
+
+
+@pytest.mark.parametrize("name, make", [("a.jsonl", as_rows), ("a.parquet", as_parquet)])
+def test_rows_are_chosen(name, make, folder, tmp_path, capsys):
+    """SlimPajama without its GitHub part: a rule that silently matches nothing trains on it."""
+    put(tmp_path, {name: make(DOCUMENTS, key="content")})
+    common = [tmp_path / name, "--text_key=content", "--val_fraction=0"]
+    assert tokenize(folder, *common, f"--out={tmp_path / 'out'}", "--exclude=meta.set=S1",
+                    "--exclude=meta.n=3", "--exclude=meta.nothing=1") == 0
+    assert read_source(tmp_path / "out")["train"] == [
+        text for k, text in enumerate(DOCUMENTS) if k % 3 != 1 and k != 3]
+    printed = capsys.readouterr().out
+    assert "13 rows skipped: meta.set=S1" in printed and "no row was excluded by meta.n" in printed
+    # a fraction is chosen by hash: the smaller lies in the larger, and in no run of the file
+    taken = []
+    for fraction in 0.2, 0.6:
+        out = tmp_path / str(fraction)
+        assert tokenize(folder, *common, f"--fraction={fraction}", f"--out={out}") == 0
+        taken.append([DOCUMENTS.index(text) for text in read_source(out)["train"]])
+    assert set(taken[0]) < set(taken[1]) and 2 < len(taken[0]) < 14 and 15 < len(taken[1]) < 33
+    assert max(np.diff(taken[1])) > 1 and max(taken[0]) > 20
+
+
+def test_a_key_may_lie_deeper(folder, tmp_path):
+    """Real corpora keep their text anywhere."""
+    rows = [{"a": {"b": "deep"}}, {"a.b": "flat"}, {"a": 1}]
+    put(tmp_path, {"a.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    assert tokenize(folder, tmp_path / "a.jsonl", "--text_key=a.b", "--val_fraction=0",
+                    f"--out={tmp_path / 'out'}") == 3
+    assert read_source(tmp_path / "out")["train"] == ["deep", "flat"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What is wrong with a corpus
+
+GOOD = as_rows(["fine", "fine, too"])
+BAD = {      # name, content, what is said of it, documents kept, rows lost
+    "line": ("a.jsonl", GOOD + b'{"te\n' + GOOD, "a.jsonl:3 is not JSON", 4, 1),
+    "utf-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:3 is not UTF-8: byte 10", 2, 1),
+    "txt": ("a.txt", b"good \xff bad", "not UTF-8: byte 5 is 0xff", 0, 1),
+    "key": ("a.jsonl", GOOD + b'{"content": "x"}\n', "['content']: name the key with --text_key",
+            2, 1),
+    "list": ("a.jsonl", GOOD + b"[1]\n", "has no 'text', it is a list", 2, 1),
+    "number": ("a.jsonl", GOOD + b'{"text": 7}\n', "a.jsonl:3 is no text but 7", 2, 1),
+    "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3 is no text but None", 2, 1),
+    "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "no text that UTF-8 can write", 2, 1),
+    "depth": ("a.jsonl", GOOD + b"[" * 10 ** 5 + b"\n", "a.jsonl:3 is not JSON", 2, 1),
+    "empty": ("a.jsonl", GOOD + b'{"text": ""}\n\n', "1 rows skipped: empty", 2, 0),
+    "empty txt": ("a.txt", b"", "1 rows skipped: empty", 0, 0),
+    "empty jsonl": ("a.jsonl", b"", "", 0, 0),
+    "empty gz": ("a.jsonl.gz", b"", "", 0, 0),
+    "gz": ("a.jsonl.gz", gzip.compress(GOOD + os.urandom(9999))[:-3000], "a.jsonl.gz breaks off",
+           2, 1),
+    "no gz": ("a.jsonl.gz", GOOD, "a.jsonl.gz breaks off", 0, 1),
+    "zst": ("a.jsonl.zst", in_frames(GOOD * 50)[:-9], "compressed data end in the middle", 66, 1),
+    "no zst": ("a.jsonl.zst", GOOD, "a.jsonl.zst breaks off", 0, 1),
+    "parquet": ("a.parquet", as_parquet(["fine"])[:-20], "a.parquet breaks off", 0, 1),
+    "column": ("a.parquet", as_parquet(["fine"], key="b"),
+               "a.parquet: row 1 has no 'text', it is the keys ['b', 'meta']", 0, 1),
+    "page": ("a.parquet", b"PAR1" + bytes(600) + as_parquet(DOCUMENTS)[604:],
+             "a.parquet breaks off", 0, 1)}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_skipped_counted_and_named(case, folder, tmp_path, capsys):
+    """One bad line in a terabyte must neither stop the work nor pass unnoticed."""
+    name, content, words, kept, lost = BAD[case]
+    put(tmp_path, {"a": b"", "b.txt": "another file", name: content})
+    status = tokenize(folder, tmp_path / name, tmp_path / "b.txt", f"--out={tmp_path / 'out'}",
+                      "--val_fraction=0")
+    printed = "".join(capsys.readouterr())
+    assert words in printed and status == (3 if lost else 0)
+    assert len(read_source(tmp_path / "out")["train"]) == kept + 1
+    about = json.loads((tmp_path / "out/source.json").read_text())
+    assert about["lost"] >= lost and (about["lost"] == 0) == (lost == 0)
+    assert len(about["broken"]) == ("breaks off" in printed)
+    if lost:
+        stopped = tokenize(folder, tmp_path / name, tmp_path / "b.txt", "--strict",
+                           f"--out={tmp_path / 'strict'}", "--val_fraction=0")
+        assert "(--strict); 0 of 1 units are done" in stopped and name in stopped
+        with pytest.raises(SystemExit) as error:
+            prepare.main(["tokenizer", str(tmp_path / name), f"--out={tmp_path / 'my.model'}",
+                          "--strict"])
+        assert "(--strict)" in error.value.code and not (tmp_path / "my.model").exists()
+
+
+def test_many_bad_rows_are_counted_not_named(folder, tmp_path, capsys):
+    """A wrong key in a corpus of a billion rows would fill the disk with complaints."""
+    put(tmp_path, {"a.jsonl": as_rows(["x"] * 500, key="content") + GOOD})
+    assert tokenize(folder, tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}",
+                    "--val_fraction=0") == 3
+    printed = capsys.readouterr()
+    assert "500 rows skipped: no 'text'" in printed.out and printed.err.count("a.jsonl:") == 20
+    assert "counted, and not named" in printed.err
+
+
+def test_nothing_to_train_on_is_refused_whole(folder, tmp_path):
+    """No folder that looks like a source, or like the beginning of one."""
+    put(tmp_path, {"a.jsonl": b'{"text": ""}\n\n', "b.txt": "one document"})
+    for name, fraction, words in [("a.jsonl", 0.5, "there is no text"),
+                                  ("b.txt", 0.9999999999, "all 1 documents fell to validation")]:
+        assert words in tokenize(folder, tmp_path / name, f"--out={tmp_path / 'out'}",
+                                 f"--val_fraction={fraction}")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="there is no text"):
+        prepare.main(["tokenizer", str(tmp_path / "a.jsonl"), f"--out={tmp_path / 'x'}"])
+
+
+def test_files_that_cannot_be_read_are_left_for_later(folder, tmp_path, monkeypatch):
+    """A file that vanished, or a connection that broke, is no end of a file: what was read of it
+    must not count."""
+    monkeypatch.setattr(prepare, "UNIT", 1)
+    put(tmp_path, {f"{k}.txt": f"text {k} " * 50 for k in range(4)})
+    arguments = [tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0"]
+    real = prepare.Input.readinto
+
+    def readinto(self, buffer):
+        if self.described.name.endswith("1.txt"):
+            with self.trouble():
+                raise ConnectionError("the line is dead")
+        if self.described.name.endswith("2.txt"):
+            os.truncate(self.described.path, 3)
+        return real(self, buffer)
+
+    monkeypatch.setattr(prepare.Input, "readinto", readinto)
+    (tmp_path / "3.txt").rename(tmp_path / "3.old")
+    listed = prepare.list_files
+    (tmp_path / "3.old").rename(tmp_path / "3.txt")
+    files = listed([str(tmp_path)], tmp_path / "out")
+    (tmp_path / "3.txt").rename(tmp_path / "3.old")
+    monkeypatch.setattr(prepare, "list_files", lambda given, out: files)
+    said = tokenize(folder, *arguments)
+    assert "1.txt cannot be read: the line is dead" in said and "3.txt cannot be read" in said
+    assert "2.txt ends after 3 bytes, and it had 350" in said and "goes on from there" in said
+    assert not (tmp_path / "out/source.json").exists()
+    assert len(list((tmp_path / "out").glob("*.bin"))) == 2           # train and val of 0.txt
+    (tmp_path / "3.old").rename(tmp_path / "3.txt")
+    put(tmp_path, {"2.txt": "text 2 " * 50})
+    monkeypatch.setattr(prepare.Input, "readinto", real)
+    assert tokenize(folder, *arguments) == 0
+    assert read_source(tmp_path / "out")["train"] == [f"text {k} " * 50 for k in range(4)]
+
+
+def test_a_full_disk_ends_with_a_sentence_and_can_be_continued(folder, tmp_path):
+    """A disk fills after days: a trace of calls, or half a file taken for a whole one, cost
+    them."""
+    put(tmp_path, {f"{k}.jsonl": as_rows(DOCUMENTS * k) for k in (1, 30, 20)})
+    code = f"""if True:
+        import prepare, resource, sys
+        prepare.UNIT = 1
+        if sys.argv[1] != "0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+        prepare.main(["tokenize", ".", "--tokenizer={folder / 'tokenizer.model'}", "--out=out",
+                      "--workers=" + sys.argv[2], "--val_fraction=0"])"""
+
+    def run(limit, workers):
+        return subprocess.run([sys.executable, "-c", code, str(limit), str(workers)], cwd=tmp_path,
+                              text=True, capture_output=True,
+                              env=os.environ | {"PYTHONPATH": str(HERE)})
+
+    for workers in 1, 2:
+        full = run(12_000, workers)
+        assert full.returncode == 1 and "Traceback" not in full.stderr
+        assert "out: File too large; " in full.stderr and "the same command" in full.stderr
+        assert not list((tmp_path / "out").glob("*.tmp"))
+    assert run(0, 1).returncode == 0
+    assert len(read_source(tmp_path / "out")["train"]) == len(DOCUMENTS) * 51
+
+
+# --------------------------------------------------------------------------------------------------
+# Units, workers, parts
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A corpus of some files of several kinds, and of several units."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 3000)
+    rng = random.Random(0)
+    for k in range(12):
+        texts = ["".join(rng.choices(TEXT, k=rng.randint(1, 400)))
+                 for _ in range(rng.randint(1, 12))]
+        put(tmp_path / "in", {f"{k:02}.jsonl": as_rows(texts)} if k % 3 else
+            {f"{k:02}.jsonl.gz": gzip.compress(as_rows(texts))})
+    put(tmp_path / "in", {"05.jsonl": as_rows(["x"]) + b"not JSON\n"})
+    return tmp_path
+
+
+def test_any_number_of_workers_and_parts_writes_the_same(corpus, folder):
+    """Who prepares on another machine trains on other data, if the order depends on who was
+    faster."""
+    common = ["in", "--val_fraction=0.2", "--exclude=meta.n=7"]
+    assert tokenize(folder, *common, "--out=one") == 3
+    assert len(list(Path("one").glob("train_*.bin"))) > 4
+    assert tokenize(folder, *common, "--out=two/one", workers=2) == 3
+    for part in "3/3", "1/3":
+        assert tokenize(folder, *common, "--out=parts/one", f"--part={part}") == 0
+        assert not Path("parts/one/source.json").exists()
+    assert tokenize(folder, *common, "--out=parts/one", "--part=2/3") == 3
+    one = contents(Path("one"))
+    for other in Path("two/one"), Path("parts/one"):
+        found = contents(other)
+        found["source.json"] = found["source.json"].replace(str(other).encode(), b"one")
+        assert found == one
+    documents = read_source(Path("one"))
+    assert not set(documents["train"]) & set(documents["val"]) and len(documents["val"]) > 5
+
+
+def test_a_finished_source_is_left_alone_and_other_input_refused(corpus, folder):
+    """Done twice, days are lost; half of one corpus and half of another is nothing."""
+    assert tokenize(folder, "in", "--out=out") == 3
+    before = contents(Path("out"))
+    times = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert tokenize(folder, "in", "--out=out", workers=2) == 3
+    assert contents(Path("out")) == before
+    assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == times
+    put(corpus, {"more.txt": "more"})
+    for change, words in [("--text_key=content", "text_key was text and is content"),
+                          ("--val_fraction=0.1", "val_fraction was 0.001 and is 0.1"),
+                          ("--fraction=0.5", "fraction was"), ("--exclude=a=b", "exclude was"),
+                          ("more.txt", "files was 12 and is 13")]:
+        assert words in tokenize(folder, "in", change, "--out=out")
+    assert contents(Path("out")) == before
+    # the same of one that was begun
+    assert tokenize(folder, "in", "--out=begun", "--part=1/2") in (0, 3)
+    assert "begun, from other input: val_fraction was" in tokenize(
+        folder, "in", "--out=begun", "--val_fraction=0.1")
+    Path("some").mkdir()
+    put(Path("some"), {"thing": b"else"})
+    assert "is no source that was begun" in tokenize(folder, "in", "--out=some")
+    # with nothing done yet another try is free
+    assert "(--strict)" in tokenize(folder, "in/05.jsonl", "--out=free", "--strict")
+    assert tokenize(folder, "in/04.jsonl", "--out=free") == 0
+
+
+def test_a_unit_that_another_process_writes_is_not_touched(corpus, folder, monkeypatch):
+    """Two who write one file leave a mixture of both."""
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    (corpus / "out/units").mkdir(parents=True, exist_ok=True)
+    with open("out/units/00000.lock", "a") as file:
+        prepare.fcntl.flock(file, prepare.fcntl.LOCK_EX)
+        said = tokenize(folder, "in/01.jsonl", "--out=out")
+        assert "another process is writing unit 0" in said and not list(Path("out").glob("*.bin"))
+    assert tokenize(folder, "in/01.jsonl", "--out=out") == 0
+
+
+COMMAND = """if True:
+    import prepare, sys
+    prepare.UNIT = 3000
+    if __name__ == "__main__":
+        prepare.main(sys.argv[1:])"""
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "tokenize", *arguments,
+         f"--tokenizer={folder / 'tokenizer.model'}"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(HERE)},
+        start_new_session=True)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_source_is_the_same(corpus, folder):
+    """Days of work end by a power cut, an administrator, a full memory, at any moment."""
+    put(corpus / "in", {f"{k}.jsonl": as_rows(DOCUMENTS * 400) for k in range(20, 60)})
+    arguments = ["in", "--val_fraction=0.2", "--workers=2"]
+    assert start(folder, *arguments, "--out=whole").wait() == 3
+    rng, killed = random.Random(0), 0
+    for attempt in itertools.count():
+        process = start(folder, *arguments, "--out=out")
+        try:
+            status = process.wait(rng.uniform(0.6, 2.2) if killed < 20 else None)
+        except subprocess.TimeoutExpired:
+            # the first process alone, or it and its workers
+            (os.kill if killed % 2 else os.killpg)(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert status == 3, process.stderr.read()
+        if killed == 20:
+            break
+        os.rename("out", f"done{attempt}")
+    for out in Path().glob("done*"):
+        assert contents(out).keys() == contents(Path("whole")).keys()
+    found, whole = contents(Path("out")), contents(Path("whole"))
+    found["source.json"] = found["source.json"].replace(b"--out=out", b"--out=whole")
+    assert found == whole
+
+
+def test_a_killed_worker_ends_the_run_and_it_goes_on(corpus, folder):
+    """A worker that dies for its memory must not leave the others waiting for ever."""
+    put(corpus / "in", {f"{k}.jsonl": as_rows(DOCUMENTS * 300) for k in range(20, 60)})
+    process = start(folder, "in", "--val_fraction=0.2", "--workers=2", "--out=out")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs Linux's /proc")
+    while len(found := [pid for pid in map(int, children.read_text().split())
+                        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]) < 2:
+        time.sleep(0.01)
+    os.kill(found[-1], signal.SIGKILL)
+    assert process.wait() == 1 and "a worker was killed" in process.stderr.read()
+    assert not Path("out/source.json").exists() and not list(Path("out").glob("*.tmp"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Looking at it
 
 def test_inspect_prints_what_is_there(folder, tmp_path, capsys):
     """Who cannot look at the tokens finds out after training what they were."""
@@ -165,31 +760,6 @@ def test_inspect_prints_what_is_there(folder, tmp_path, capsys):
     assert "vocabulary of 320" in printed and "val begins" not in printed
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a_txt", b"", "is empty"), ("a_jsonl", b"", "is empty"),
-    ("a_txt", b"good \xff bad", "not UTF-8: byte 5 is 0xff"),
-    ("a_jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2 is not UTF-8"),
-    ("a_jsonl", b'{"text": "x"}\n{"te', ":2 is not JSON"),
-    ("a_jsonl", b'{"content": "x"}\n', "--text_key"),
-    ("a_jsonl", b'{"text": 7}\n', "'text' is no text"),
-    ("a_jsonl", b'[1]\n', "no 'text', it is a list"),
-    ("a_jsonl", b'{"text": "\\ud800"}\n', "no text that UTF-8"),
-    ("a_jsonl", b'{"text": ""}\n\n', "no text in"), ("a_csv", b"x", "only .txt"),
-    ("a_txt", None, "no file")])
-def test_bad_input_is_refused_whole(name, content, words, folder, tmp_path):
-    """One sentence with the place and the fix, and no folder that looks like a source."""
-    files = write_files(tmp_path, good_txt="fine", **{name: content or b""})
-    if content is None:
-        (tmp_path / "a.txt").unlink()
-    before = sorted(p.name for p in tmp_path.iterdir())
-    for command in (["tokenize", f"--tokenizer={folder / 'tokenizer.model'}"],
-                    ["tokenizer", "--vocab_size=300"]):
-        with pytest.raises(SystemExit, match=words):
-            prepare.main([command[0], *(files if "no text" not in words else files[1:]),
-                          *command[1:], f"--out={tmp_path / 'out'}"])
-        assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
 def test_bad_arguments_are_refused(folder, tmp_path):
     """A refusal after the work, or with half of it left behind, is worse than none."""
     files = write_files(tmp_path, a_txt="some text", bad_model=b"not a model")
@@ -197,13 +767,14 @@ def test_bad_arguments_are_refused(folder, tmp_path):
     for arguments, words in [(["--tokenizer=nowhere.model"], "no tokenizer nowhere.model"),
                              ([f"--tokenizer={files[1]}"], "no SentencePiece model"),
                              ([good, "--val_fraction=1.5"], "val_fraction"),
+                             ([good, "--fraction=0"], "above 0"),
+                             ([good, "--workers=0"], "workers"),
+                             ([good, "--part=3/2"], "I/N"), ([good, "--part=1"], "I/N"),
+                             ([good, "--exclude=x"], "KEY=VALUE"),
                              ([good, "--val_fraction=0.9999999999"], "fell to validation")]:
         with pytest.raises(SystemExit, match=words):
             prepare.main(["tokenize", files[0], *arguments, f"--out={tmp_path / 'out'}"])
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
-    (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match="exists already"):
-        prepare.main(["tokenize", files[0], good, f"--out={tmp_path / 'out'}"])
 
 
 # --------------------------------------------------------------------------------------------------
