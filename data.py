@@ -164,6 +164,9 @@ class Source:
             info = json.loads((folder / "source.json").read_text("utf-8"))[split]
             counted, _, _ = info["tokens"], info["documents"], info["bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if (folder / "units").is_dir():
+                raise DataError(f"{folder} is not complete: the command that began it goes on where "
+                                "it was") from None
             raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): "
                             "prepare the source again") from None
         if counted != total:
