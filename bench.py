@@ -3,8 +3,9 @@
     python bench.py train [RECIPE.py] [--key=value ...] [--batch=TOKENS] [--seconds=N]
     python bench.py train --ablate      what each optimization contributes
     python bench.py train --peers       transformers on the same model
+    python bench.py prepare [FILES...] [--tokenizer=FILE]      text to tokens, and its peers
 
-What is timed is train.py's own train_step. Each measurement has a process to itself, so that none
+What is timed is train.py's own train_step, and prepare.py's encoder. Each measurement has a process to itself, so that none
 profits from what another one compiled, cached or allocated. Machines are shared and clocks wander:
 only ratios within one run mean anything, and what is compared is measured twice, in turns.
 
@@ -16,14 +17,20 @@ T context and V vocabulary:
     6N + 12LCT          6 a parameter, and attention as if it saw the whole context
     6(N - VC) + 6LCT    the embedding multiplies nothing, and half of attention is masked
 
+A text is encoded cold, by an encoder that has remembered nothing yet; new, by one that has encoded
+the other half of the corpus; and warm, by one that has encoded this text before. What a corpus of
+terabytes is like lies between new and warm, nearer to new the smaller what is measured here.
+
 The last line is JSON: tokens_per_second, mfu (by the first count; of what products reach here
-where the maker's number is unknown), peak_memory in bytes, ratio_to_transformers, above 1 where we
-are faster, and what else was measured.
+where the maker's number is unknown), peak_memory in bytes, ratio_to_..., above 1 where we are
+faster, and what else was measured.
 """
 import argparse
 import json
 import math
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,15 +44,18 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import sentencepiece
 import torch
 import torch._dynamo      # building an optimizer would import it, and count it as memory of a step
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import model
+import prepare
 import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
+from tokenizer import Encoder, llama_style, tokenizer_json
 from train import TrainConfig, World, find_device, in_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
@@ -401,6 +411,165 @@ def ladder(measured, run, rate):
 
 
 # --------------------------------------------------------------------------------------------------
+# Preparation: one core each, text in memory to ids
+
+SCALING = 40 * 10 ** 6         # bytes of text in a unit, where workers are compared
+
+
+def passes(encode, texts, seconds):
+    """The seconds that each pass over the texts takes, of three at least; the first is cold."""
+    taken, start = [], time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        encode(texts)
+        taken.append(time.perf_counter() - before)
+    return taken
+
+
+def others(texts):
+    """Every second text."""
+    return texts[1::2] or texts
+
+
+def measure_encoder(model, texts, seconds):
+    """(seconds of passes, seconds of one half after the other, bytes of memory, a hash of that
+    half's ids)."""
+    encoder, empty = Encoder(model), train.memory_used(torch.device("cpu"))
+
+    def encode(texts):
+        for _ in encoder.encode(texts):
+            pass
+
+    taken = passes(encode, texts, seconds)
+    memory = train.memory_used(torch.device("cpu")) - empty
+    encoder = Encoder(model)
+    encode(texts[::2])
+    before = time.perf_counter()
+    ids = [ids for _, ids in encoder.encode(others(texts))]
+    return taken, time.perf_counter() - before, memory, sha256(b"".join(ids)).hexdigest()
+
+
+def measure_sentencepiece(model, texts, seconds):
+    """The usual loop. (Seconds of passes, ids of the other half, as above.)"""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    dtype = Encoder(model).dtype
+    return (passes(lambda texts: [sp.encode(text) for text in texts], texts, seconds),
+            sha256(b"".join(np.array(sp.encode(text), dtype).tobytes()
+                            for text in others(texts))).hexdigest())
+
+
+def measure_tokenizers(model, texts, seconds):
+    """Hugging Face tokenizers, by its fastest call."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    from tokenizers import Tokenizer
+    described = tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=model))
+    described["added_tokens"] = []                   # else it takes a literal <s> in a text for one
+    theirs = Tokenizer.from_str(json.dumps(described))
+
+    def encode(texts):
+        return [found.ids for found in
+                theirs.encode_batch_fast(texts, add_special_tokens=False)]
+
+    dtype = Encoder(model).dtype
+    return (passes(encode, texts, seconds),
+            sha256(b"".join(np.array(ids, dtype).tobytes()
+                            for ids in encode(others(texts)))).hexdigest())
+
+
+def measure_workers(model, texts, workers):
+    """Bytes of text a second of the whole of `prepare.py tokenize`, from files to a source, once it
+    runs: what 12 units more than 4 take, so without the start and what is read by a cold
+    encoder."""
+    size = sum(len(text.encode()) for text in texts)
+    rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    copies, taken = max(1, SCALING // size), []
+    for units in 4, 16:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "tokenizer.model").write_bytes(model)
+            for k in range(units):
+                (Path(folder) / f"{k}.jsonl").write_text(rows * copies, "utf-8")
+            before = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
+                 "prepare.main(sys.argv[1:])", "tokenize", folder, f"--out={folder}/out",
+                 f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
+                check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+            taken.append(time.perf_counter() - before)
+    return 12 * copies * size / (taken[1] - taken[0])
+
+
+def corpora_of(args):
+    """({name: texts}, tokenizer model): of files, or of what Python brings."""
+    if args.files:
+        if not args.tokenizer:
+            sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
+        choice = prepare.Choice(args.text_key)
+        corpora = {path: prepare.all_texts(prepare.list_files([path], ""), choice, False)[0]
+                   for path in args.files}
+    else:
+        corpora = {"documentation": prepare.documentation(),
+                   "modules": list(prepare.library_modules().values())}
+    if args.tokenizer:
+        prepare.load_tokenizer(args.tokenizer)
+        return corpora, Path(args.tokenizer).read_bytes()
+    print("training the demo's tokenizer")
+    return corpora, prepare.train_tokenizer(sum(corpora.values(), []), 4096)
+
+
+def compare_encoders(name, model, texts, peers, seconds):
+    """Prints and returns what was measured of one corpus: bytes a second, ours over theirs."""
+    def size(texts):
+        return sum(len(text.encode()) for text in texts)
+
+    ours, theirs = [], {peer: [] for peer in peers}
+    for _ in range(2):                                                              # in turns
+        ours.append(in_own_process(measure_encoder, model, texts, seconds))
+        for peer, measure in peers.items():
+            theirs[peer].append(in_own_process(measure, model, texts, seconds))
+    if len({ids for *_, ids in [ours[0], *(runs[0] for runs in theirs.values())]}) > 1:
+        sys.exit(f"the ids of {name} differ: one of these has an error")
+    rates = {"cold": size(texts) / min(taken[0] for taken, *_ in ours),
+             "new": size(others(texts)) / min(new for _, new, *_ in ours),
+             "warm": size(texts) / median(s for taken, *_ in ours for s in taken[1:])}
+    print(f"{name[-27:]:28}{size(texts) / 1e6:7.1f}"
+          + "".join(f"{rate / 1e6:9.1f}" for rate in rates.values()))
+    result = {"bytes": size(texts), "memory": max(memory for _, _, memory, _ in ours)} | rates
+    for peer, runs in theirs.items():
+        cold = size(texts) / min(taken[0] for taken, _ in runs)
+        warm = size(texts) / median(s for taken, _ in runs for s in taken[1:])
+        ratio = rates["warm"] / warm
+        result |= {peer: {"cold": cold, "warm": warm}, f"ratio_to_{peer}": ratio}
+        print(f"  {peer:26}{'':7}{cold / 1e6:9.1f}{'':9}{warm / 1e6:9.1f}   ours, warm, is "
+              f"{ratio:.1f} times as fast")
+    return result
+
+
+def bench_prepare(args):
+    corpora, model = corpora_of(args)
+    peers = {"sentencepiece": measure_sentencepiece}
+    if not find_spec("tokenizers"):
+        print("left out: tokenizers is not installed")
+    elif not llama_style(model):
+        print("left out: tokenizers, as this model is not Llama's kind")
+    else:
+        peers["tokenizers"] = measure_tokenizers
+    print(f"{'MB/s on one core':28}{'MB':>7}{'cold':>9}{'new':>9}{'warm':>9}")
+    results = {name: compare_encoders(name, model, texts, peers, args.seconds)
+               for name, texts in corpora.items()}
+    one, two = (measure_workers(model, sum(corpora.values(), []), n) for n in (1, 2))
+    print(f"all of prepare.py tokenize, files to token files: {one / 1e6:.1f} MB/s by one worker, "
+          f"{two / 1e6:.1f} by two, {two / one:.2f} times as fast")
+    smallest = {key: min(result[key] for result in results.values())
+                for key in ("warm", *(f"ratio_to_{peer}" for peer in peers))}
+    result = {"bytes_per_second": smallest.pop("warm"),
+              "peak_memory": max(result["memory"] for result in results.values()),
+              **smallest, "workers": {"1": one, "2": two}, "results": results}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(json.dumps(result))
+
+
+# --------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -414,13 +583,24 @@ def parse_args(argv):
     p.add_argument("--ablate", action="store_true", help="measure each optimization")
     p.add_argument("--peers", action="store_true", help="measure transformers, too")
     p.add_argument("--json", help="a file for what the last line says")
+    p = commands.add_parser("prepare", help="MB/s of encoding", allow_abbrev=False)
+    p.add_argument("files", nargs="*", help="corpora, each measured by itself; without, the "
+                   "documentation and the modules of this Python")
+    p.add_argument("--tokenizer", help="a SentencePiece model; without, the demo's")
+    p.add_argument("--text_key", default="text")
+    p.add_argument("--seconds", type=float, default=5, help="of each measurement (%(default)s)")
+    p.add_argument("--json", help="a file for what the last line says")
     args, keys = parser.parse_known_args(argv)
-    args.recipe += keys                                       # config.py refuses what is no key
+    if args.command == "train":
+        args.recipe += keys                                   # config.py refuses what is no key
+    elif keys:
+        parser.error(f"no option {keys[0]}")
     return args
 
 
 def main(argv):
-    bench_train(parse_args(argv))
+    args = parse_args(argv)
+    {"train": bench_train, "prepare": bench_prepare}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -604,9 +604,15 @@ def work(corpus, indices, strict, tell):
 
 def worker(corpus, todo, place, strict, events):
     """The life of a process that takes units of `todo` as long as there are any."""
+    stop = threading.Event()            # heeded where `with` cleans up, not in the midst of that
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # the first process will tell
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # so that what is half-written goes
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def tell(event):
+        events.put(event)
+        if stop.is_set():
+            sys.exit(1)
 
     def indices():
         while True:
@@ -616,7 +622,7 @@ def worker(corpus, todo, place, strict, events):
                 return
             yield todo[k]
 
-    work(corpus, indices(), strict, events.put)
+    work(corpus, indices(), strict, tell)
     events.put(None)
 
 
@@ -665,7 +671,10 @@ def run_units(corpus, todo, workers, strict):
             for process in processes:
                 if process.pid:
                     process.terminate()
-                    process.join()
+            for process in processes:
+                if process.pid:
+                    process.join(10)
+                    process.kill()
     return failed
 
 
@@ -772,6 +781,12 @@ def library_modules():
     return modules
 
 
+def documentation():
+    """The texts that help() shows of Python's keywords and topics."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [inspect.cleandoc(topics[name]) for name in sorted(topics)]
+
+
 def split_docstrings(source):
     """(docstrings, the source without them): no text of the one is in the other. Raises
     SyntaxError."""
@@ -802,8 +817,7 @@ def split_docstrings(source):
 def embedded_corpus():
     """(prose, code), lists of documents. Prose: each documentation topic and each docstring. Code:
     each top-level part of a module, two blank lines from the next, its docstrings cut out."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    prose, code = [inspect.cleandoc(topics[name]) for name in sorted(topics)], []
+    prose, code = documentation(), []
     for text in library_modules().values():
         with contextlib.suppress(SyntaxError):
             docs, rest = split_docstrings(text)

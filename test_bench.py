@@ -10,6 +10,7 @@ import torch
 
 import bench
 import model
+import prepare
 import train
 from bench import OPTIMIZATIONS, cannot, do_without, flops_of, ladder, main, measure_training
 from train import TrainConfig, World
@@ -136,6 +137,40 @@ def test_bench_train_measures_and_ends_with_json(capfd):
     assert "micro-batches of 4 x 96" in out and "left out: compilation: as asked" in out
 
 
+def test_bench_prepare_measures_and_ends_with_json(tmp_path, capsys, monkeypatch):
+    """Ratios come from one run in which all give the same ids, or they mean nothing."""
+    monkeypatch.setattr(bench, "SCALING", 10 ** 5)
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *args: function(*args))
+    texts = re.split("(?<=\n)\n\n(?=[a-z])", (HERE / "tokenizer.py").read_text())
+    for name in "one", "two":
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"content": text}) + "\n" for text in texts))
+    (tmp_path / "tokenizer.model").write_bytes(prepare.train_tokenizer(texts, 400))
+    main(["prepare", str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "--seconds=0",
+          "--text_key=content", f"--tokenizer={tmp_path / 'tokenizer.model'}"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    for peer in "sentencepiece", "tokenizers":
+        ratios = [one[f"ratio_to_{peer}"] for one in result["results"].values()]
+        assert len(ratios) == 2 and result[f"ratio_to_{peer}"] == min(ratios) > 0
+        for one in result["results"].values():
+            assert one[f"ratio_to_{peer}"] == one["warm"] / one[peer]["warm"]
+            assert one["bytes"] == sum(len(text.encode()) for text in texts) and one["new"] > 0
+    assert result["workers"]["1"] and result["peak_memory"] >= 0
+    assert len([line for line in lines if "times as fast" in line]) == 5
+
+
+def test_ids_that_differ_are_no_result(tmp_path, capsys, monkeypatch):
+    """A fast encoder that gives other ids is not faster."""
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench, "measure_sentencepiece", lambda *args: ([1.0, 1.0], "other ids"))
+    (tmp_path / "a.txt").write_text("some text " * 9)
+    (tmp_path / "tokenizer.model").write_bytes(prepare.train_tokenizer(["some text abc"], 272))
+    with pytest.raises(SystemExit, match="a.txt differ"):
+        main(["prepare", str(tmp_path / "a.txt"), "--seconds=0",
+              f"--tokenizer={tmp_path / 'tokenizer.model'}"])
+
+
 @pytest.mark.slow
 def test_memory_of_a_step_is_near_what_was_counted():
     """A copy of the logits, or gradients kept from one step to the next, would be found only on a
@@ -160,6 +195,15 @@ def test_bad_input_is_named(argv, words):
     """Ten minutes of measuring must not end in a stack trace."""
     with pytest.raises((SystemExit, train.DataError), match=words):
         main(["train", *SHAPE, "--compile=False", "--seconds=0.1", *argv])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["a.txt"], "need a --tokenizer"), (["a.txt", "--tokenizer=x"], "there is no file a.txt"),
+    (["--tokenizer=absent.model"], "no tokenizer absent.model")])
+def test_bad_input_of_prepare_is_named(argv, words):
+    """Ten minutes of measuring must not end in a stack trace."""
+    with pytest.raises(SystemExit, match=words):
+        main(["prepare", *argv])
 
 
 @pytest.mark.slow

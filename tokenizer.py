@@ -217,7 +217,7 @@ class Memory(dict):
     def __missing__(self, text):
         ids = self.work(text)
         if len(text) <= LONGEST:
-            self.room -= sys.getsizeof(text) + sys.getsizeof(ids) + 100    # 100: of the table
+            self.room -= len(text) + len(ids) + 200            # 200: two objects, and the table
             if self.room < 0:
                 self.clear()
                 self.room = MEMORY
@@ -340,8 +340,11 @@ class Encoder:
                                            or not self.known.isdisjoint(pair))
 
     def encode_slices(self, texts):
-        runs = iter(self.encode_rest([text for text in texts if not self.has_words(text)]))
-        return [self.encode_words(text) if self.has_words(text) else next(runs) for text in texts]
+        found = [self.encode_words(text) if self.has_words(text) else None for text in texts]
+        if None in found:
+            rest = iter(self.encode_rest([text for text, ids in zip(texts, found) if ids is None]))
+            found = [next(rest) if ids is None else ids for ids in found]
+        return found
 
     def has_words(self, text):
         """Whether it is worth while, and right, to cut the text at spaces first."""
@@ -352,12 +355,14 @@ class Encoder:
         # Spaces in a row stay together: \1 stands for each, and text is cut at the single ones that
         # are left and at newlines. So each word lacks the space before it, but for the first, which
         # \2 marks, and those with a newline there instead.
-        text = "\2" + text.replace("  ", "\1\1").replace("\1 ", "\1\1").replace("\n", " \n")
-        return b"".join(map(self.words.__getitem__, text.split(" ")))
+        raw = b"\2" + text.encode().replace(b"  ", b"\1\1").replace(b"\1 ", b"\1\1").replace(
+            b"\n", b" \n")
+        return b"".join(map(self.words.__getitem__, raw.split(b" ")))
 
     def encode_word(self, word):
-        text = word[1:] if word[:1] == "\2" else word if word[:1] == "\n" else " " + word
-        return self.encode_joining(text.replace("\1", " "))
+        text, first = word.decode().replace("\1", " "), word[:1]
+        text = text[1:] if first == b"\2" else text if first == b"\n" else " " + text
+        return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
 
     def encode_joining(self, text):
         return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
