@@ -476,26 +476,34 @@ def measure_tokenizers(model, texts, seconds):
                             for ids in encode(others(texts)))).hexdigest())
 
 
-def measure_workers(model, texts, workers):
-    """Bytes of text a second of the whole of `prepare.py tokenize`, from files to a source, once it
-    runs: what 12 units more than 4 take, so without the start and what is read by a cold
-    encoder."""
+def seconds_of_units(model, texts, units, workers):
+    """Of all of `prepare.py tokenize` on so many files of SCALING bytes of text; and the bytes of
+    one."""
     size = sum(len(text.encode()) for text in texts)
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    copies, taken = max(1, SCALING // size), []
-    for units in 4, 16:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "tokenizer.model").write_bytes(model)
-            for k in range(units):
-                (Path(folder) / f"{k}.jsonl").write_text(rows * copies, "utf-8")
-            before = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
-                 "prepare.main(sys.argv[1:])", "tokenize", folder, f"--out={folder}/out",
-                 f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
-                check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
-            taken.append(time.perf_counter() - before)
-    return 12 * copies * size / (taken[1] - taken[0])
+    copies = max(1, SCALING // size)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(model)
+        for k in range(units):
+            (Path(folder) / f"{k}.jsonl").write_text(rows * copies, "utf-8")
+        before = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
+             "prepare.main(sys.argv[1:])", "tokenize", folder, f"--out={folder}/out",
+             f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
+            check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+        return time.perf_counter() - before, copies * size
+
+
+def measure_workers(model, texts):
+    """Bytes of text a second by one worker and by two, from files to a source, once they run: of 12
+    units more than 4, so without the start and what is read by cold encoders."""
+    seconds = {(workers, units): [] for workers in (1, 2) for units in (4, 16)}
+    for workers, units in [*seconds] * 2:                                           # in turns
+        taken, size = seconds_of_units(model, texts, units, workers)
+        seconds[workers, units].append(taken)
+    return [12 * size / (min(seconds[workers, 16]) - min(seconds[workers, 4]))
+            for workers in (1, 2)]
 
 
 def corpora_of(args):
@@ -556,7 +564,7 @@ def bench_prepare(args):
     print(f"{'MB/s on one core':28}{'MB':>7}{'cold':>9}{'new':>9}{'warm':>9}")
     results = {name: compare_encoders(name, model, texts, peers, args.seconds)
                for name, texts in corpora.items()}
-    one, two = (measure_workers(model, sum(corpora.values(), []), n) for n in (1, 2))
+    one, two = measure_workers(model, sum(corpora.values(), []))
     print(f"all of prepare.py tokenize, files to token files: {one / 1e6:.1f} MB/s by one worker, "
           f"{two / 1e6:.1f} by two, {two / one:.2f} times as fast")
     smallest = {key: min(result[key] for result in results.values())

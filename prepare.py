@@ -88,13 +88,16 @@ def list_files(given, out):
         try:
             fs, inner = fsspec.core.url_to_fs(path)
             alone = fs.isfile(inner)
-            found = ({inner: fs.info(inner)} if alone else fs.find(inner, detail=True)
-                     if fs.isdir(inner) else fs.glob(inner, detail=True))
+            found = {inner: fs.info(inner)} if alone or fs.isdir(inner) else fs.glob(
+                inner, detail=True)
+            for name in [name for name, info in found.items() if info["type"] == "directory"]:
+                found |= fs.find(name, detail=True)
         except (ImportError, ValueError, OSError) as error:
             sys.exit(f"{path} cannot be opened: {error}")
         local = isinstance(fs, LocalFileSystem)
-        named = [File(fs, name, fs.unstrip_protocol(name) if not local
-                      else name if os.path.isabs(path) else os.path.relpath(name), info["size"] or 0)
+        said = (fs.unstrip_protocol if not local else str if os.path.isabs(path)
+                else os.path.relpath)
+        named = [File(fs, name, said(name), info["size"] or 0)
                  for name, info in sorted(found.items()) if info["type"] == "file"]
         known = [file for file in named if file.kind() and (alone or not (
             "/." in file.path.removeprefix(inner)                        # .git, .cache

@@ -428,14 +428,15 @@ def test_folders_patterns_and_other_filesystems(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, {"in/b/2.txt": "b2", "in/a/10.jsonl": as_rows(["a10"]), "in/a/9.txt": "a9",
                    "in/.cache/x.txt": "no", "in/a/notes.md": "no", "z[1].txt": "z", "y1.txt": "y1",
-                   "y2.txt": "y2"})
+                   "y2.txt": "y2", "d/1/train/a.txt": "d1", "d/2/train/b.txt": "d2",
+                   "d/2/test/c.txt": "no"})
     with zipfile.ZipFile("far.zip", "w") as archive:
         archive.writestr("d/q.txt", "far q")
         archive.writestr("d/p.jsonl", as_rows(["far p"]).decode())
-    assert tokenize(folder, "z[1].txt", "in", "y*.txt", "zip://d/*::far.zip", "--out=out",
-                    "--val_fraction=0") == 0
+    assert tokenize(folder, "z[1].txt", "in", "y*.txt", "zip://d/*::far.zip", "d/*/train",
+                    "--out=out", "--val_fraction=0") == 0
     assert read_source(tmp_path / "out")["train"] == [
-        "z", "a10", "a9", "b2", "y1", "y2", "far p", "far q"]
+        "z", "a10", "a9", "b2", "y1", "y2", "far p", "far q", "d1", "d2"]
     for given, words in [(["nowhere"], "no file nowhere"), (["q*.txt"], "no file"),
                          (["in/a/notes.md"], "can be read"), (["nothing://x"], "cannot be opened"),
                          (["y1.txt", "in", "y1.txt"], "y1.txt is named 2 times")]:

@@ -24,7 +24,11 @@ space with what follows; it joins digits, newlines and Chinese characters with n
 cut into words, by str.split; a word that is new into runs of letters and of punctuation, by a
 regular expression; only a run that is new is SentencePiece's; and characters that join nothing are
 looked up in a table. Each is remembered as the bytes that go to disk, so that split, a dict and
-bytes.join, which are written in C, do the rest. MEASURED
+bytes.join, which are written in C, do the rest.
+
+On one core and with Llama's tokenizer that is 40 to 60 MB/s of English and code that was met before
+and 120 of Chinese, 8 to 13 times and 3 times SentencePiece's own speed; and 11 to 14 MB/s where a
+tenth of the words is new, two to three times its speed (bench.py prepare).
 """
 import io
 import json
