@@ -512,7 +512,7 @@ def corpora_of(args):
         if not args.tokenizer:
             sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
         choice = prepare.Choice(args.text_key)
-        corpora = {path: prepare.all_texts(prepare.list_files([path], ""), choice, False)[0]
+        corpora = {path: prepare.all_texts(prepare.list_files([path], ""), choice)[0]
                    for path in args.files}
     else:
         corpora = {"documentation": prepare.documentation(),

@@ -146,6 +146,9 @@ class Source:
             raise DataError(f"there is no folder {folder}: make it with\n  python prepare.py "
                             + ("demo" if self.name.startswith("demo-") else
                                f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}"))
+        if (folder / "units").is_dir() and not (folder / "source.json").exists():
+            raise DataError(f"{folder} is not complete: the command that began it goes on where it "
+                            "was")
         self.files = sorted(folder.glob(f"{split}_*.bin"))
         if not self.files and split == "train":
             raise DataError(f"{folder} has no train_*.bin: prepare it again")
@@ -164,9 +167,6 @@ class Source:
             info = json.loads((folder / "source.json").read_text("utf-8"))[split]
             counted, _, _ = info["tokens"], info["documents"], info["bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if (folder / "units").is_dir():
-                raise DataError(f"{folder} is not complete: the command that began it goes on where "
-                                "it was") from None
             raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): "
                             "prepare the source again") from None
         if counted != total:

@@ -87,28 +87,22 @@ def list_files(given, out):
     for path in given:
         try:
             fs, inner = fsspec.core.url_to_fs(path)
-            alone = fs.isfile(inner)
-            found = {inner: fs.info(inner)} if alone or fs.isdir(inner) else fs.glob(
-                inner, detail=True)
-            for name in [name for name, info in found.items() if info["type"] == "directory"]:
-                found |= fs.find(name, detail=True)
+            local = isinstance(fs, LocalFileSystem)
+            found = expand(fs, inner, local)
         except (ImportError, ValueError, OSError) as error:
             sys.exit(f"{path} cannot be opened: {error}")
-        local = isinstance(fs, LocalFileSystem)
-        said = (fs.unstrip_protocol if not local else str if os.path.isabs(path)
+        if not found:
+            sys.exit(f"there is no file {path}, or none in it")
+        name = (fs.unstrip_protocol if not local else str if os.path.isabs(path)
                 else os.path.relpath)
-        named = [File(fs, name, said(name), info["size"] or 0)
-                 for name, info in sorted(found.items()) if info["type"] == "file"]
-        known = [file for file in named if file.kind() and (alone or not (
-            "/." in file.path.removeprefix(inner)                        # .git, .cache
-            or local and file.path.startswith(ours)))]
-        if not named:
-            sys.exit(f"there is no file {path}")
+        known = [file for file in (File(fs, p, name(p), size) for p, size in sorted(found.items()))
+                 if file.kind() and not (local and file.path.startswith(ours))]
         if not known:
             sys.exit(f"nothing in {path} can be read: only {KINDS}, each but .parquet also as .gz "
                      "or .zst")
         files += known
-    (_, path), times = Counter((file.fs, file.path) for file in files).most_common(1)[0]
+    (_, path), times = Counter((file.fs, os.path.realpath(file.path)) for file in files
+                               ).most_common(1)[0]
     if times > 1:
         sys.exit(f"{path} is named {times} times: its documents would be there {times} times")
     for package, ending in ("zstandard", ".zst"), ("pyarrow", ".parquet"):
@@ -116,6 +110,25 @@ def list_files(given, out):
         if needs and not find_spec(package):
             sys.exit(f"{needs[0]} needs {package}: pip install {package}")
     return files
+
+
+def expand(fs, path, local):
+    """{path: size} of a file, or of the files in a folder or of a pattern, at any depth; links are
+    followed, and what begins with a dot below the path is passed over."""
+    found, seen = {}, set()
+    if fs.isfile(path):
+        return {path: fs.info(path)["size"] or 0}
+    todo = {path: fs.info(path)} if fs.isdir(path) else fs.glob(path, detail=True)
+    fixed = len(path if fs.isdir(path) else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
+    while todo:
+        name, info = todo.popitem()
+        if info["type"] == "directory" or local and os.path.isdir(name):
+            if (real := os.path.realpath(name)) not in seen:              # links may go in circles
+                seen.add(real)
+                todo |= fs.find(name, detail=True)
+        elif "/." not in name[fixed:] and (info["type"] == "file" or os.path.isfile(name)):
+            found[name] = info["size"] or 0
+    return found
 
 
 class Input(io.RawIOBase):
@@ -194,6 +207,9 @@ class Zstd(io.RawIOBase):
 # --------------------------------------------------------------------------------------------------
 # Documents
 
+REPORTS = 20        # lost rows of a unit that are named, beside being counted
+
+
 class Skipped(NamedTuple):
     """Stands for a row that gives no document; `lost` if it should have."""
     reason: str
@@ -210,14 +226,17 @@ class Choice:
 
     def text(self, row, where):
         """The text of a row, a dict, or a Skipped."""
-        for key, value in self.exclude:
-            if as_text(field(row, key)) == value:
-                return Skipped(f"{key}={value}", where, lost=False)
+        if not isinstance(row, dict):
+            return Skipped("no row", f"{where} is a {type(row).__name__}, and a row with keys is "
+                           "wanted, one a line")
+        rules = [f"{key}={value}" for key, value in self.exclude
+                 if as_text(field(row, key)) == value]
+        if rules:
+            return Skipped(" and ".join(rules), where, lost=False)
         text = field(row, self.text_key)
         if text is MISSING:
-            have = f"the keys {list(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            return Skipped(f"no {self.text_key!r}", f"{where} has no {self.text_key!r}, it is "
-                           f"{have}: name the key with --text_key=KEY")
+            return Skipped(f"no {self.text_key!r}", f"{where} has no {self.text_key!r}, but the "
+                           f"keys {list(row)}: name the key with --text_key=KEY")
         return self.taken(text, where)
 
     def taken(self, text, where):
@@ -241,7 +260,7 @@ MISSING = object()
 def field(row, key):
     """row["a"]["b"] for the key "a.b", if it has no key of that very name; MISSING if there is
     none."""
-    if isinstance(row, dict) and key in row:
+    if key in row:
         return row[key]
     for part in key.split("."):
         row = row.get(part, MISSING) if isinstance(row, dict) else MISSING
@@ -276,7 +295,10 @@ def documents(file, opened, choice):
     except Unreadable:
         raise
     except Exception as error:        # what a decoder raises is up to the decoder
-        yield Skipped("breaks off", f"{file.name} breaks off, what stands before is kept: {error}")
+        yield Skipped("breaks off", f"{file.name} breaks off, and what comes is lost: {error}")
+
+
+BOM = b"\xef\xbb\xbf"        # some editors mark UTF-8 by it, at the beginning of a file
 
 
 def decode(raw, where):
@@ -288,7 +310,7 @@ def decode(raw, where):
 
 
 def text_file(stream, name, choice):
-    text = decode(stream.read(), name)
+    text = decode(stream.read().removeprefix(BOM), name)
     yield text if isinstance(text, Skipped) else choice.taken(text, name)
 
 
@@ -296,7 +318,7 @@ def json_lines(stream, name, choice):
     for number, line in enumerate(stream, 1):
         if line.strip():
             where = f"{name}:{number}"
-            line = decode(line.removeprefix(b"\xef\xbb\xbf"), where)
+            line = decode(line.removeprefix(BOM) if number == 1 else line, where)
             if not isinstance(line, Skipped):
                 try:
                     line = choice.text(json.loads(line), where)
@@ -318,27 +340,51 @@ def parquet_rows(stream, name, choice):
             yield choice.text(row, f"{name}: row {number}")
 
 
-def all_texts(files, choice, strict):
+class Strict(Exception):
+    """A row that gives no document, where --strict forbids that."""
+
+
+class Tally:
+    """Counts rows that give no document; tells of the first that should have, and of every file
+    that breaks off."""
+
+    def __init__(self, strict, tell):
+        self.strict, self.tell = strict, tell
+        self.reasons, self.lost, self.broken = Counter(), 0, []
+
+    def skip(self, row):
+        self.reasons[row.reason] += 1
+        if not row.lost:
+            return
+        if self.strict:
+            raise Strict(f"{row.message} (--strict)")
+        self.lost += 1
+        if row.reason == "breaks off":
+            self.broken.append(row.message)
+        if self.lost <= REPORTS or row.reason == "breaks off":
+            self.tell(row.message)
+        elif self.lost == REPORTS + 1:
+            self.tell("more rows like these are counted, and not named")
+
+
+def all_texts(files, choice, strict=False):
     """The documents of several Files as a list, and how many rows were lost. Exits where there is
     none."""
-    texts, lost = [], 0
+    texts = []
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading",
               disable=None) as bar:
+        tally = Tally(strict, lambda message: bar.write(message, sys.stderr))
         for file in files:
             with Input(file) as opened:
                 for text in documents(file, opened, choice):
                     if isinstance(text, str):
                         texts.append(text)
-                    elif text.lost:
-                        lost += 1
-                        if strict:
-                            sys.exit(f"{text.message} (--strict)")
-                        if lost <= REPORTS:
-                            bar.write(text.message, sys.stderr)
+                    else:
+                        tally.skip(text)
             bar.update(file.size)
     if not texts:
         sys.exit("there is no text in these files")
-    return texts, lost
+    return texts, tally.lost
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,9 +442,9 @@ def write_source(out, texts, model, val_fraction, origin):
 def complete(folder, model, info, val_fraction, more):
     """Puts the tokenizer and source.json beside the tokens, which makes them a source."""
     if not info["train"]["documents"]:
+        n = info["val"]["documents"]
         sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
-                 f"below {val_fraction}" if (n := info["val"]["documents"]) else
-                 "there is no text in these files")
+                 f"below {val_fraction}" if n else "there is no text in these files")
     write_tokenizer(folder, model)
     vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     write_json(folder / "source.json", info | {
@@ -429,15 +475,10 @@ def describe(out, info):
 # Corpora: units of work, and who does them
 
 UNIT = 10 ** 9      # bytes of files that become one train_%05d.bin and one val_%05d.bin
-REPORTS = 20        # skipped rows of a unit that are named, beside being counted
 
 
 class Busy(Exception):
     """A unit that another process is writing."""
-
-
-class Strict(Exception):
-    """A row that gives no document, where --strict forbids that."""
 
 
 @dataclass(frozen=True)
@@ -447,6 +488,7 @@ class Corpus:
     out: Path
     given: tuple
     files: tuple
+    tokenizer: str
     model: bytes
     choice: Choice
     val_fraction: float
@@ -475,7 +517,8 @@ class Corpus:
 
     def command(self):
         """The command line, without what does not matter to the outcome."""
-        return ["prepare.py", "tokenize", *self.given, f"--out={self.out}",
+        return ["prepare.py", "tokenize", *self.given,
+                f"--tokenizer={self.tokenizer}", f"--out={self.out}",
                 f"--text_key={self.choice.text_key}", f"--fraction={self.choice.fraction}",
                 *[f"--exclude={key}={value}" for key, value in self.choice.exclude],
                 f"--val_fraction={self.val_fraction}"]
@@ -488,35 +531,48 @@ class Corpus:
 def begin(corpus):
     """Makes the folder, or finds in it the beginning of the same work; True if that is complete.
     Exits where it holds anything else."""
-    out, plan = corpus.out, corpus.plan()
+    out, plan, units = corpus.out, corpus.plan(), corpus.out / "units"
+    if out.exists() and not out.is_dir():
+        sys.exit(f"{out} is a file: choose another --out")
     if (out / "source.json").exists():
         compare(out, read_json(out / "source.json").get("plan"), plan)
+        shutil.rmtree(units, ignore_errors=True)
         return True
-    if out.exists() and any(out.iterdir()) and not (out / "units").is_dir():
+    if out.exists() and any(out.iterdir()) and not (units / "plan.json").exists():
         sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
                  "choose another --out")
-    (out / "units").mkdir(parents=True, exist_ok=True)
-    with open(out / "units" / "plan.json", "a+") as file:       # others may begin at the same time
+    units.mkdir(parents=True, exist_ok=True)
+    with open(units / "plan.json", "a+") as file:               # others may begin at the same time
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        text = file.read()
+        text, old = file.read(), {}
         with contextlib.suppress(ValueError):                   # nothing, or torn: as good as new
-            if any((out / "units").glob("[0-9]*.json")):
-                compare(out, json.loads(text), plan)
-            if json.loads(text) == plan:
-                return False
-        for path in out.glob("*.bin"):
-            path.unlink()
-        file.truncate(0)
-        file.write(json.dumps(plan))
+            old = json.loads(text)
+        if any(units.glob("[0-9]*.json")):
+            compare(out, old, plan)
+        if old != plan:
+            remove_tokens(out)
+            file.truncate(0)
+            file.write(json.dumps(plan))
     return False
+
+
+def remove_tokens(out):
+    """What units wrote, or left half-written, when it is not to be used."""
+    for path in out.glob("*.bin*"):
+        if re.fullmatch(r"(train|val)_\d{5,}\.bin(\.tmp)?", path.name):
+            path.unlink()
 
 
 def compare(out, old, new):
     if old is None:
         sys.exit(f"{out} exists already: remove it first, or choose another --out")
     differs = [f"{key} was {old.get(key)} and is {new[key]}" for key in new
-               if old.get(key) != new[key]]
+               if old.get(key) != new[key] and key not in ("listing", "tokenizer")]
+    if old.get("tokenizer") != new["tokenizer"]:
+        differs.append("it is another tokenizer")
+    if old.get("listing") != new["listing"]:
+        differs.append("the files have other names or sizes")
     if differs:
         sys.exit(f"{out} was made, or begun, from other input: {'; '.join(differs)}. Give the "
                  "command that began it, remove the folder, or choose another --out")
@@ -548,26 +604,12 @@ def write_unit(corpus, i, files, encoder, strict, tell):
     """Tokenizes unit i, unless it is done. Calls tell(n) for n bytes of files that were read, and
     tell(message) for what is wrong with them. Raises Unreadable, Busy and Strict, and OSError for
     what cannot be written: then the unit is not done."""
-    told, skipped, lost, broken = 0, Counter(), 0, []
+    told, tally = 0, Tally(strict, tell)
 
     def progress(read):
         nonlocal told
         tell(read - told)
         told = read
-
-    def skip(row):
-        nonlocal lost
-        skipped[row.reason] += 1
-        if row.lost:
-            if strict:
-                raise Strict(f"{row.message} (--strict)")
-            lost += 1
-            if row.reason == "breaks off":
-                broken.append(row.message)
-            if lost <= REPORTS or row.reason == "breaks off":
-                tell(row.message)
-            elif lost == REPORTS + 1:
-                tell("more rows like these are counted, and not named")
 
     def texts():
         before = 0
@@ -577,7 +619,7 @@ def write_unit(corpus, i, files, encoder, strict, tell):
                     if isinstance(text, str):
                         yield text
                     else:
-                        skip(text)
+                        tally.skip(text)
                     read = before + min(opened.seen, file.size)
                     if read > told + 10 ** 6:
                         progress(read)
@@ -591,8 +633,8 @@ def write_unit(corpus, i, files, encoder, strict, tell):
             except BaseException:
                 progress(0)
                 raise
-            write_json(corpus.record(i),
-                       info | {"skipped": dict(skipped), "lost": lost, "broken": broken})
+            write_json(corpus.record(i), info | {
+                "skipped": dict(tally.reasons), "lost": tally.lost, "broken": tally.broken})
 
 
 def work(corpus, indices, strict, tell):
@@ -662,8 +704,9 @@ def run_units(corpus, todo, workers, strict):
                 process.start()
             running = len(processes)
             while running:
-                if any(process.exitcode for process in processes):     # it may have held a lock
-                    raise ChildProcessError(0, "a worker was killed (for its memory, perhaps)")
+                if any(process.exitcode for process in processes):   # it may have held a lock
+                    raise ChildProcessError(
+                        0, "a worker was killed (for its memory, perhaps), or has told above why")
                 with contextlib.suppress(queue.Empty):
                     event = events.get(timeout=0.5)
                     if event is None:
@@ -701,8 +744,13 @@ def finish(corpus):
                         "broken": [name for record in records for name in record["broken"]],
                         "plan": corpus.plan()})
                 except SystemExit:                   # there is nothing to train on
-                    shutil.rmtree(corpus.out)
+                    remove_tokens(corpus.out)
+                    shutil.rmtree(corpus.out / "units")
+                    with contextlib.suppress(OSError):
+                        corpus.out.rmdir()           # unless somebody has put something in it
                     raise
+                for half in corpus.out.glob("*.bin.tmp"):
+                    half.unlink()
                 shutil.rmtree(corpus.out / "units")
     return read_json(path) if path.exists() else None
 
@@ -727,14 +775,15 @@ def tokenize(corpus, part, parts, workers, strict):
         print(f"{corpus.out}: {len(done)} of {len(units)} units are done")
         if failed:
             sys.exit("\n".join([*failed, "the same command tries them again"]))
-        sys.exit(3 if any(read_json(corpus.record(i))["lost"] for i in done) else 0)
+        mine = set(done) & set(range(part - 1, len(units), parts))
+        sys.exit(3 if any(read_json(corpus.record(i))["lost"] for i in mine) else 0)
     describe(corpus.out, source)
     for reason, n in source["skipped"].items():
         print(f"  rows skipped: {n:,}, {reason}")
     for message in source["broken"]:
         print(f"  {message}")
     for key, value in corpus.choice.exclude:
-        if f"{key}={value}" not in source["skipped"]:
+        if not any(f"{key}={value}" in reason.split(" and ") for reason in source["skipped"]):
             print(f"  no row was excluded by {key}={value}")
     if source["lost"]:
         sys.exit(3)
@@ -923,7 +972,10 @@ def main(argv):
         out, choice = Path(args.out), choice_of(args)
         if out.exists():
             sys.exit(f"{out} exists already: remove it first, or choose another --out")
-        texts, lost = all_texts(list_files(args.files, args.out), choice, args.strict)
+        try:
+            texts, lost = all_texts(list_files(args.files, args.out), choice, args.strict)
+        except (Strict, Unreadable) as error:
+            sys.exit(str(error))
         model = train_tokenizer(texts, args.vocab_size)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_name(out.name + ".tmp").write_bytes(model)
@@ -940,7 +992,8 @@ def main(argv):
         part, choice = part_of(args.part), choice_of(args)
         load_tokenizer(args.tokenizer)
         corpus = Corpus(Path(args.out), tuple(args.files), tuple(list_files(args.files, args.out)),
-                        Path(args.tokenizer).read_bytes(), choice, args.val_fraction, UNIT)
+                        args.tokenizer, Path(args.tokenizer).read_bytes(), choice,
+                        args.val_fraction, UNIT)
         tokenize(corpus, *part, args.workers, args.strict)
 
 

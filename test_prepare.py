@@ -399,7 +399,7 @@ CONTAINERS = {
     "a.jsonl": as_rows, "a.json": as_rows, "a.jsonl.gz": lambda t: gzip.compress(as_rows(t)),
     "a.json.gz": lambda t: gzip.compress(as_rows(t[:9])) + gzip.compress(as_rows(t[9:])),
     "a.jsonl.zst": lambda t: in_frames(as_rows(t)), "a.parquet": as_parquet,
-    "bom.jsonl": lambda t: b"\xef\xbb\xbf" + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
+    "bom.jsonl": lambda t: prepare.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -416,7 +416,7 @@ def test_documents_in_are_documents_out(name, folder, tmp_path):
 def test_texts_are_documents(folder, tmp_path):
     """A .txt is one document, packed or not, whatever lines it has."""
     texts = [TEXT, "x", "\n\n two\r\nlines"]
-    put(tmp_path, {"a.txt": texts[0], "b.txt.gz": gzip.compress(texts[1].encode()),
+    put(tmp_path, {"a.txt": prepare.BOM + texts[0].encode(), "b.txt.gz": gzip.compress(texts[1].encode()),
                    "c.txt.zst": zstandard.compress(texts[2].encode())})
     assert tokenize(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
     assert read_source(tmp_path / "out")["train"] == texts
@@ -448,17 +448,34 @@ def test_folders_patterns_and_other_filesystems(folder, tmp_path, monkeypatch):
     assert "pip install zstandard" in tokenize(folder, "a.jsonl.zst", "--out=other")
 
 
+def test_links_are_followed(folder, tmp_path, monkeypatch):
+    """Downloads are often folders of links; a corpus must not be left out, nor read twice."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {".cache/blobs/1": "one", ".cache/blobs/2": "two", ".cache/more/3.txt": "three"})
+    Path(".cache/in").mkdir()
+    for name, target in ("1.txt", "../blobs/1"), ("2.txt", "../blobs/2"), ("deep", "../more"):
+        Path(".cache/in", name).symlink_to(target)
+    Path(".cache/more/round").symlink_to("../in")
+    for k, given in enumerate([".cache/in", ".cache/in/*"]):
+        assert tokenize(folder, given, f"--out=out{k}", "--val_fraction=0") == 0
+        assert read_source(tmp_path / f"out{k}")["train"] == ["one", "two", "three"]
+        Path(".cache/more/round").unlink(missing_ok=True)
+    assert "is named 2 times" in tokenize(folder, ".cache/in", ".cache/more", "--out=out")
+
+
 @pytest.mark.parametrize("name, make", [("a.jsonl", as_rows), ("a.parquet", as_parquet)])
 def test_rows_are_chosen(name, make, folder, tmp_path, capsys):
     """SlimPajama without its GitHub part: a rule that silently matches nothing trains on it."""
     put(tmp_path, {name: make(DOCUMENTS, key="content")})
     common = [tmp_path / name, "--text_key=content", "--val_fraction=0"]
     assert tokenize(folder, *common, f"--out={tmp_path / 'out'}", "--exclude=meta.set=S1",
-                    "--exclude=meta.n=3", "--exclude=meta.nothing=1") == 0
+                    "--exclude=meta.n=3", "--exclude=meta.n=4", "--exclude=meta.nothing=1") == 0
     assert read_source(tmp_path / "out")["train"] == [
         text for k, text in enumerate(DOCUMENTS) if k % 3 != 1 and k != 3]
     printed = capsys.readouterr().out
-    assert "rows skipped: 13, meta.set=S1" in printed and "no row was excluded by meta.n" in printed
+    assert "rows skipped: 12, meta.set=S1\n" in printed
+    assert "rows skipped: 1, meta.set=S1 and meta.n=4" in printed
+    assert "no row was excluded by meta.nothing" in printed and "by meta.n=" not in printed
     # a fraction is chosen by hash: the smaller lies in the larger, and in no run of the file
     taken = []
     for fraction in 0.2, 0.6:
@@ -488,7 +505,7 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "txt": ("a.txt", b"good \xff bad", "not UTF-8: byte 5 is 0xff", 0, 1),
     "key": ("a.jsonl", GOOD + b'{"content": "x"}\n', "['content']: name the key with --text_key",
             2, 1),
-    "list": ("a.jsonl", GOOD + b"[1]\n", "has no 'text', it is a list", 2, 1),
+    "list": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl:3 is a list, and a row with keys is wanted", 2, 1),
     "number": ("a.jsonl", GOOD + b'{"text": 7}\n', "a.jsonl:3 is no text but 7", 2, 1),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3 is no text but None", 2, 1),
     "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "no text that UTF-8 can write", 2, 1),
@@ -504,7 +521,7 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "no zst": ("a.jsonl.zst", GOOD, "a.jsonl.zst breaks off", 0, 1),
     "parquet": ("a.parquet", as_parquet(["fine"])[:-20], "a.parquet breaks off", 0, 1),
     "column": ("a.parquet", as_parquet(["fine"], key="b"),
-               "a.parquet: row 1 has no 'text', it is the keys ['b', 'meta']", 0, 1),
+               "a.parquet: row 1 has no 'text', but the keys ['b', 'meta']", 0, 1),
     "page": ("a.parquet", b"PAR1" + bytes(600) + as_parquet(DOCUMENTS)[604:],
              "a.parquet breaks off", 0, 1)}
 
@@ -679,9 +696,16 @@ def test_a_finished_source_is_left_alone_and_other_input_refused(corpus, folder)
     assert tokenize(folder, "in", "--out=begun", "--part=1/2") in (0, 3)
     assert "begun, from other input: val_fraction was" in tokenize(
         folder, "in", "--out=begun", "--val_fraction=0.1")
-    Path("some").mkdir()
-    put(Path("some"), {"thing": b"else"})
-    assert "is no source that was begun" in tokenize(folder, "in", "--out=some")
+    for name in "thing", "units/thing":
+        put(Path("some"), {name: b"else"})
+        assert "is no source that was begun" in tokenize(folder, "in", "--out=some")
+    assert len(list(Path("some").rglob("thing"))) == 2
+    assert "is a file" in tokenize(folder, "in", "--out=more.txt")
+    # a file that changed is named as such, and what somebody put there stays
+    put(Path("begun"), {"keep.bin": b"mine"})
+    put(corpus / "in", {"04.jsonl": as_rows(["changed"])})
+    assert "the files have other names or sizes" in tokenize(folder, "in", "--out=begun")
+    assert Path("begun/keep.bin").read_bytes() == b"mine"
     # with nothing done yet another try is free
     assert "(--strict)" in tokenize(folder, "in/05.jsonl", "--out=free", "--strict")
     assert tokenize(folder, "in/04.jsonl", "--out=free") == 0
@@ -690,7 +714,7 @@ def test_a_finished_source_is_left_alone_and_other_input_refused(corpus, folder)
 def test_a_unit_that_another_process_writes_is_not_touched(corpus, folder, monkeypatch):
     """Two who write one file leave a mixture of both."""
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-    (corpus / "out/units").mkdir(parents=True, exist_ok=True)
+    put(corpus, {"out/units/plan.json": b""})                    # begun, and torn
     with open("out/units/00000.lock", "a") as file:
         prepare.fcntl.flock(file, prepare.fcntl.LOCK_EX)
         said = tokenize(folder, "in/01.jsonl", "--out=out")

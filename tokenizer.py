@@ -207,7 +207,7 @@ def write_tokenizer(folder, model):
 # Encoding
 
 LONGEST = 64            # characters of a text that is worth remembering
-MEMORY = 128 * 10 ** 6  # bytes of each of an encoder's two memories
+MEMORY = 128 * 10 ** 6  # bytes, about, of each of an encoder's memories
 SLICE = 2 ** 15         # characters that are encoded at a time
 
 
@@ -248,8 +248,9 @@ def families(joins, known, byte_fallback, space):
     found.pop(space, None)
     large = sorted((chars for chars in found.values() if len(chars) > 1), key=len, reverse=True)
     small = [char for chars in found.values() if len(chars) == 1 for char in chars]
-    # without byte fallback unknown characters in a row become one <unk>: they are a family, the one
-    # that is not listed
+    # Those alone in theirs, which join only spaces or themselves, do as one family: a cut too few
+    # changes nothing. Without byte fallback unknown characters in a row become one <unk>, so
+    # families with such are not listed, and make up one with all that is not listed.
     return ["".join(sorted(chars)) for chars in [*large, small]
             if chars and (byte_fallback or known.issuperset(chars))]
 
@@ -279,7 +280,11 @@ class Encoder:
         self.size_of_char = np.zeros(0x110000, np.uint8)
 
     def find_cuts(self):
-        """Sets joins, known, by_words, split and find_runs from the pieces of the model."""
+        """Sets joins, known, by_words, split and find_runs from the pieces of the model.
+
+        Of the pieces " the", "((" and single characters, with byte fallback, find_runs finds
+        " *(?:[eht]+|[(]+)", " +" and "[^ eht(]+", and split cuts out "([ eht(]+)".
+        """
         sp = self.sp
         pieces = {i: sp.id_to_piece(i).replace("▁", " ") for i in range(len(sp))
                   if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
@@ -358,15 +363,16 @@ class Encoder:
     def encode_words(self, text):
         # Spaces in a row stay together: \1 stands for each, and text is cut at the single ones that
         # are left and at newlines. So each word lacks the space before it, but for the first, which
-        # \2 marks, and those with a newline there instead.
+        # \2 marks, and those with a newline there instead: " a  b c\nd" becomes "\2", "a\1\1b",
+        # "c" and "\nd".
         raw = b"\2" + text.encode().replace(b"  ", b"\1\1").replace(b"\1 ", b"\1\1").replace(
             b"\n", b" \n")
         return b"".join(map(self.words.__getitem__, raw.split(b" ")))
 
     def encode_word(self, word):
         text, first = word.decode().replace("\1", " "), word[:1]
-        text = text[1:] if first == b"\2" else text if first == b"\n" else " " + text
-        return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
+        return self.encode_joining(
+            text[1:] if first == b"\2" else text if first == b"\n" else " " + text)
 
     def encode_joining(self, text):
         return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
