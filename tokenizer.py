@@ -36,7 +36,7 @@ import os
 import re
 import sys
 from hashlib import sha256
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import sentencepiece
@@ -280,10 +280,10 @@ class Encoder:
         self.size_of_char = np.zeros(0x110000, np.uint8)
 
     def find_cuts(self):
-        """Sets joins, known, by_words, split and find_runs from the pieces of the model.
+        """Sets joins, known, by_words, joins_others and find_runs from the pieces of the model.
 
         Of the pieces " the", "((" and single characters, with byte fallback, find_runs finds
-        " *(?:[eht]+|[(]+)", " +" and "[^ eht(]+", and split cuts out "([ eht(]+)".
+        " *(?:[eht]+|[(]+)", " +" and "[^ eht(]+", and the characters that join others are " eht(".
         """
         sp = self.sp
         pieces = {i: sp.id_to_piece(i).replace("▁", " ") for i in range(len(sp))
@@ -305,7 +305,8 @@ class Encoder:
             classes.append(others)
         either = f"(?:{'|'.join(classes or ['(?!)'])})"
         run = f" *{either}| +" if before else f"{either} *| +" if behind else either
-        self.split = re.compile(f"([{joining}]+)" if joining else "((?!))").split
+        self.joins_others = np.zeros(0x110000, bool)
+        self.joins_others[[ord(char) for char in space + "".join(listed)]] = True
         self.find_runs = re.compile(f"{run}|{others}").findall
         self.by_words = (before and self.byte_fallback
                          and not any("\n" in join for join in self.joins))
@@ -378,23 +379,31 @@ class Encoder:
         return b"".join(map(self.runs.__getitem__, self.find_runs(text)))
 
     def encode_rest(self, texts):
-        """Of texts without words: what consists of characters that join others from memory, and all
-        that lies between at once."""
+        """Of texts without words: stretches of characters that join others from memory, and the
+        characters between, which stand in no piece but their own, from a table."""
         if not self.byte_fallback:
             return [self.encode_joining(text) for text in texts]
-        found = [self.split(text) for text in texts]       # [alone, joining, alone, ..., alone]
-        alone = iter(self.encode_alone([text for parts in found for text in parts[::2]]))
-        for parts in found:
-            parts[1::2] = map(self.joining.__getitem__, parts[1::2])
-            parts[::2] = islice(alone, len(parts) // 2 + 1)
-        return [b"".join(parts) for parts in found]
+        text, ends = "".join(texts), list(accumulate(map(len, texts), initial=0))
+        chars = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.intp)
+        joins = self.joins_others[chars]
+        edges = np.zeros(len(chars) + 1, bool)
+        edges[1:-1] = joins[1:] != joins[:-1]
+        edges[ends] = True
+        bounds = np.flatnonzero(edges)
+        raw, starts = self.ids_of_chars(chars, joins)
+        parts = [self.joining[text[a:b]] if joining else raw[start:stop]
+                 for joining, (a, b), (start, stop) in zip(
+                     joins[bounds[:-1]].tolist(), pairwise(bounds.tolist()),
+                     pairwise(starts[bounds].tolist()))]
+        return [b"".join(parts[a:b])
+                for a, b in pairwise(np.searchsorted(bounds, ends).tolist())]
 
-    def encode_alone(self, texts):
-        """Of texts whose characters stand in no piece but their own: looked up in a table."""
-        chars = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.intp)
-        sizes = self.size_of_char[chars]
-        if not sizes.all():
-            for char in np.unique(chars[sizes == 0]).tolist():
+    def ids_of_chars(self, chars, joins):
+        """(bytes of the ids of all characters but those that join others, where in it the ids of
+        each begin and the last one's end)."""
+        sizes = self.size_of_char[chars]                         # of those that join it stays 0
+        if not (joins | (sizes > 0)).all():
+            for char in np.unique(chars[~joins & (sizes == 0)]).tolist():
                 ids = self.bare.encode(chr(char))
                 self.ids_of_char[:len(ids), char] = ids
                 self.size_of_char[char] = len(ids)
@@ -402,13 +411,10 @@ class Encoder:
         starts = np.zeros(len(chars) + 1, np.intp)
         np.cumsum(sizes, out=starts[1:])
         ids = np.empty(starts[-1], self.dtype)
-        ids[starts[:-1]] = self.ids_of_char[0].take(chars)
-        for k in 1, 2, 3:
+        for k in range(4):
             more = np.flatnonzero(sizes > k)
             ids[starts[more] + k] = self.ids_of_char[k].take(chars[more])
-        ids = ids.tobytes()
-        ends = starts[[0, *accumulate(map(len, texts))]] * self.dtype.itemsize
-        return [ids[a:b] for a, b in pairwise(ends.tolist())]
+        return ids.tobytes(), starts * self.dtype.itemsize
 
     def encode_run(self, text):
         return self.pack(self.bare.encode(text.replace(" ", "▁")))
