@@ -27,8 +27,8 @@ looked up in a table. Each is remembered as the bytes that go to disk, so that s
 bytes.join, which are written in C, do the rest.
 
 On one core and with Llama's tokenizer that is 40 to 60 MB/s of English and code that was met before
-and 120 of Chinese, 8 to 13 times and 3 times SentencePiece's own speed; and 11 to 14 MB/s where a
-tenth of the words is new, two to three times its speed (bench.py prepare).
+and 150 of Chinese, 8 to 12 times and 4 times SentencePiece's own speed; and 11 MB/s where a tenth
+of the words is new, twice its speed and more (bench.py prepare; README, Corpora and Encoding).
 """
 import io
 import json
