@@ -126,7 +126,8 @@ def expand(fs, path, local):
             if (real := os.path.realpath(name)) not in seen:              # links may go in circles
                 seen.add(real)
                 todo |= fs.find(name, detail=True)
-        elif "/." not in name[fixed:] and (info["type"] == "file" or os.path.isfile(name)):
+        elif "/." not in name[fixed:] and (
+                info["type"] == "file" or local and os.path.isfile(name)):
             found[name] = info["size"] or 0
     return found
 
