@@ -535,27 +535,28 @@ def begin(corpus):
     out, plan, units = corpus.out, corpus.plan(), corpus.out / "units"
     if out.exists() and not out.is_dir():
         sys.exit(f"{out} is a file: choose another --out")
-    if (out / "source.json").exists():
-        compare(out, read_json(out / "source.json").get("plan"), plan)
-        shutil.rmtree(units, ignore_errors=True)
-        return True
-    if out.exists() and any(out.iterdir()) and not (units / "plan.json").exists():
-        sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
-                 "choose another --out")
-    units.mkdir(parents=True, exist_ok=True)
-    with open(units / "plan.json", "a+") as file:               # others may begin at the same time
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text, old = file.read(), {}
-        with contextlib.suppress(ValueError):                   # nothing, or torn: as good as new
-            old = json.loads(text)
-        if any(units.glob("[0-9]*.json")):
-            compare(out, old, plan)
-        if old != plan:
-            remove_tokens(out)
-            file.truncate(0)
-            file.write(json.dumps(plan))
-    return False
+    if not (out / "source.json").exists():
+        others = any(path != units for path in out.rglob("*"))
+        if others and not (units / "plan.json").exists():     # asked last: another may just begin
+            sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
+                     "choose another --out")
+        units.mkdir(parents=True, exist_ok=True)
+        with open(units / "plan.json", "a+") as file:           # others may begin at the same time
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text, old = file.read(), {}
+            with contextlib.suppress(ValueError):               # nothing, or torn: as good as new
+                old = json.loads(text)
+            if any(units.glob("[0-9]*.json")):
+                compare(out, old, plan)
+            if old != plan:
+                remove_tokens(out)
+                file.truncate(0)
+                file.write(json.dumps(plan))
+            return False
+    compare(out, read_json(out / "source.json").get("plan"), plan)
+    shutil.rmtree(units, ignore_errors=True)
+    return True
 
 
 def remove_tokens(out):

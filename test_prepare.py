@@ -721,6 +721,18 @@ def test_a_unit_that_another_process_writes_is_not_touched(corpus, folder, monke
     assert tokenize(folder, "in/01.jsonl", "--out=out") == 0
 
 
+def test_parts_may_begin_at_the_same_time(corpus, folder):
+    """A job array starts all its parts at once, on a folder that is not there yet."""
+    Path("early/units").mkdir(parents=True)                      # another is just about to begin
+    assert tokenize(folder, "in/01.jsonl", "--out=early") == 0
+    parts = [start(folder, "in", "--out=out", "--workers=1", f"--part={k}/4") for k in range(1, 5)]
+    assert {part.wait() for part in parts} <= {0, 3}, [part.stderr.read() for part in parts]
+    assert tokenize(folder, "in", "--out=whole") == 3
+    found, whole = contents(Path("out")), contents(Path("whole"))
+    found["source.json"] = found["source.json"].replace(b"--out=out", b"--out=whole")
+    assert found == whole
+
+
 COMMAND = """if True:
     import prepare, sys
     prepare.UNIT = 3000
