@@ -616,5 +616,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
-    except (DataError, model.ModelError, OSError) as error:
+    except (DataError, model.ModelError, prepare.Unreadable, OSError) as error:
         sys.exit(str(error))
