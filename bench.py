@@ -5,9 +5,10 @@
     python bench.py train --peers       transformers on the same model
     python bench.py prepare [FILES...] [--tokenizer=FILE]      text to tokens, and its peers
 
-What is timed is train.py's own train_step, and prepare.py's encoder. Each measurement has a process to itself, so that none
-profits from what another one compiled, cached or allocated. Machines are shared and clocks wander:
-only ratios within one run mean anything, and what is compared is measured twice, in turns.
+What is timed is train.py's own train_step, and tokenizer.py's Encoder. Each measurement has a
+process to itself, so that none profits from what another one compiled, cached or allocated.
+Machines are shared and clocks wander: only ratios within one run mean anything, and what is
+compared is measured twice, in turns.
 
 MFU, model FLOPs utilization (PaLM, arXiv 2204.02311), is the FLOP/s that the model asks for over
 those that the hardware promises. Two counts of a token's FLOPs are customary, and the same run
@@ -18,8 +19,8 @@ T context and V vocabulary:
     6(N - VC) + 6LCT    the embedding multiplies nothing, and half of attention is masked
 
 A text is encoded cold, by an encoder that has remembered nothing yet; new, by one that has encoded
-the other half of the corpus; and warm, by one that has encoded this text before. What a corpus of
-terabytes is like lies between new and warm, nearer to new the smaller what is measured here.
+the other half of the corpus; and warm, by one that has encoded this text before. A corpus of
+terabytes lies between new and warm.
 
 The last line is JSON: tokens_per_second, mfu (by the first count; of what products reach here
 where the maker's number is unknown), peak_memory in bytes, ratio_to_..., above 1 where we are
@@ -30,6 +31,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -83,6 +85,16 @@ def seconds_of(work, device, repeats=10):
         wait(device)
         taken.append(time.perf_counter() - start)
     return median(taken[2:])                                        # the first ones warm up
+
+
+def repeated(work, seconds, least):
+    """The seconds of each work() for so many seconds, and of so many at least."""
+    taken, start = [], time.perf_counter()
+    while len(taken) < least or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - before)
+    return taken
 
 
 def machine_limits(device, dtype):
@@ -189,12 +201,7 @@ def timed_steps(step, seconds):
     up."""
     for _ in range(3):
         step()
-    taken, start = [], time.perf_counter()
-    while len(taken) < 5 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - before)
-    return taken
+    return repeated(step, seconds, 5)
 
 
 def split_of_a_step(step, called, optimizer, device):
@@ -355,9 +362,7 @@ def bench_train(args):
         print(f"transformers, {'compiled, ' * ('compilation' in measured)}{str(dtype)[6:]}, fused "
               f"AdamW: {rate(theirs):,.0f} tokens/s; ours is {speed / rate(theirs):.2f} times as "
               "fast")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result))
+    return result
 
 
 def announce(cfg, batch, speed, ours, card, products):
@@ -418,12 +423,11 @@ SCALING = 40 * 10 ** 6         # bytes of text in a unit, where workers are comp
 
 def passes(encode, texts, seconds):
     """The seconds that each pass over the texts takes, of three at least; the first is cold."""
-    taken, start = [], time.perf_counter()
-    while len(taken) < 3 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        encode(texts)
-        taken.append(time.perf_counter() - before)
-    return taken
+    return repeated(lambda: encode(texts), seconds, 3)
+
+
+def bytes_of(texts):
+    return sum(len(text.encode()) for text in texts)
 
 
 def others(texts):
@@ -476,33 +480,27 @@ def measure_tokenizers(model, texts, seconds):
                             for ids in encode(others(texts)))).hexdigest())
 
 
-def seconds_of_units(model, texts, units, workers):
-    """Of all of `prepare.py tokenize` on so many files of SCALING bytes of text; and the bytes of
-    one."""
-    size = sum(len(text.encode()) for text in texts)
+def measure_workers(model, texts):
+    """Bytes of text a second of all of `prepare.py tokenize`, by one worker and by two, once they
+    run: of 12 units more than 4, so without the start and what is read by cold encoders."""
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    copies = max(1, SCALING // size)
+    copies = max(1, SCALING // bytes_of(texts))
+    seconds = {(workers, units): [] for workers in (1, 2) for units in (4, 16)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(model)
-        for k in range(units):
-            (Path(folder) / f"{k}.jsonl").write_text(rows * copies, "utf-8")
-        before = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
-             "prepare.main(sys.argv[1:])", "tokenize", folder, f"--out={folder}/out",
-             f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
-            check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
-        return time.perf_counter() - before, copies * size
-
-
-def measure_workers(model, texts):
-    """Bytes of text a second by one worker and by two, from files to a source, once they run: of 12
-    units more than 4, so without the start and what is read by cold encoders."""
-    seconds = {(workers, units): [] for workers in (1, 2) for units in (4, 16)}
-    for workers, units in [*seconds] * 2:                                           # in turns
-        taken, size = seconds_of_units(model, texts, units, workers)
-        seconds[workers, units].append(taken)
-    return [12 * size / (min(seconds[workers, 16]) - min(seconds[workers, 4]))
+        files = [Path(folder) / f"{k}.jsonl" for k in range(16)]
+        for file in files:
+            file.write_text(rows * copies, "utf-8")
+        for workers, units in [*seconds] * 2:                                       # in turns
+            before = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
+                 "prepare.main(sys.argv[1:])", "tokenize", *files[:units], f"--out={folder}/out",
+                 f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
+                check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+            seconds[workers, units].append(time.perf_counter() - before)
+            shutil.rmtree(Path(folder) / "out")
+    return [12 * copies * bytes_of(texts) / (min(seconds[workers, 16]) - min(seconds[workers, 4]))
             for workers in (1, 2)]
 
 
@@ -526,25 +524,22 @@ def corpora_of(args):
 
 def compare_encoders(name, model, texts, peers, seconds):
     """Prints and returns what was measured of one corpus: bytes a second, ours over theirs."""
-    def size(texts):
-        return sum(len(text.encode()) for text in texts)
-
-    ours, theirs = [], {peer: [] for peer in peers}
+    ours, theirs, size = [], {peer: [] for peer in peers}, bytes_of(texts)
     for _ in range(2):                                                              # in turns
         ours.append(in_own_process(measure_encoder, model, texts, seconds))
         for peer, measure in peers.items():
             theirs[peer].append(in_own_process(measure, model, texts, seconds))
     if len({ids for *_, ids in [ours[0], *(runs[0] for runs in theirs.values())]}) > 1:
         sys.exit(f"the ids of {name} differ: one of these has an error")
-    rates = {"cold": size(texts) / min(taken[0] for taken, *_ in ours),
-             "new": size(others(texts)) / min(new for _, new, *_ in ours),
-             "warm": size(texts) / median(s for taken, *_ in ours for s in taken[1:])}
-    print(f"{name[-27:]:28}{size(texts) / 1e6:7.1f}"
+    rates = {"cold": size / min(taken[0] for taken, *_ in ours),
+             "new": bytes_of(others(texts)) / min(new for _, new, *_ in ours),
+             "warm": size / median(s for taken, *_ in ours for s in taken[1:])}
+    print(f"{name[-27:]:28}{size / 1e6:7.1f}"
           + "".join(f"{rate / 1e6:9.1f}" for rate in rates.values()))
-    result = {"bytes": size(texts), "memory": max(memory for _, _, memory, _ in ours)} | rates
+    result = {"bytes": size, "memory": max(memory for _, _, memory, _ in ours)} | rates
     for peer, runs in theirs.items():
-        cold = size(texts) / min(taken[0] for taken, _ in runs)
-        warm = size(texts) / median(s for taken, _ in runs for s in taken[1:])
+        cold = size / min(taken[0] for taken, _ in runs)
+        warm = size / median(s for taken, _ in runs for s in taken[1:])
         ratio = rates["warm"] / warm
         result |= {peer: {"cold": cold, "warm": warm}, f"ratio_to_{peer}": ratio}
         print(f"  {peer:26}{'':7}{cold / 1e6:9.1f}{'':9}{warm / 1e6:9.1f}   ours, warm, is "
@@ -569,12 +564,9 @@ def bench_prepare(args):
           f"{two / 1e6:.1f} by two, {two / one:.2f} times as fast")
     smallest = {key: min(result[key] for result in results.values())
                 for key in ("warm", *(f"ratio_to_{peer}" for peer in peers))}
-    result = {"bytes_per_second": smallest.pop("warm"),
-              "peak_memory": max(result["memory"] for result in results.values()),
-              **smallest, "workers": {"1": one, "2": two}, "results": results}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result))
+    return {"bytes_per_second": smallest.pop("warm"),
+            "peak_memory": max(result["memory"] for result in results.values()),
+            **smallest, "workers": {"1": one, "2": two}, "results": results}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,7 +600,10 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    {"train": bench_train, "prepare": bench_prepare}[args.command](args)
+    result = {"train": bench_train, "prepare": bench_prepare}[args.command](args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def chance_of(raw, purpose=b""):
     return int.from_bytes(blake2b(raw, digest_size=8, person=purpose).digest(), "big") / 2 ** 64
 
 
-def is_validation(text, fraction):
-    return chance_of(text.encode()) < fraction
+def is_validation(raw, fraction):
+    return chance_of(raw) < fraction
 
 
 def documents(file, opened, choice):
@@ -422,12 +422,13 @@ def write_texts(folder, i, texts, encoder, val_fraction):
         writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
                    for split in SPLITS}
         for text, ids in encoder.encode(texts):
-            split = "val" if is_validation(text, val_fraction) else "train"
+            raw = text.encode()
+            split = "val" if is_validation(raw, val_fraction) else "train"
             writers[split].write_bytes(bos + ids + eos)
             counts = info[split]
             counts["documents"] += 1
             counts["tokens"] += len(ids) // size + 2
-            counts["bytes"] += len(text.encode())
+            counts["bytes"] += len(raw)
     return info
 
 
@@ -728,33 +729,37 @@ def run_units(corpus, todo, workers, strict):
 
 def finish(corpus):
     """source.json of a corpus, once all its units are done; None before that."""
-    path, units = corpus.out / "source.json", len(corpus.units())
-    with contextlib.suppress(FileNotFoundError):            # another process may have finished it
-        with open(corpus.out / "units" / "plan.json", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            records = [corpus.record(i) for i in range(units)]
-            if not path.exists() and all(record.exists() for record in records):
-                records = list(map(read_json, records))
-                info = {split: {key: sum(record[split][key] for record in records)
-                                for key in ("documents", "tokens", "bytes")} for split in SPLITS}
-                skipped = sum((Counter(record["skipped"]) for record in records), Counter())
-                try:
-                    complete(corpus.out, corpus.model, info, corpus.val_fraction, {
-                        "from": corpus.given, "command": corpus.command(),
-                        "skipped": dict(sorted(skipped.items())),
-                        "lost": sum(record["lost"] for record in records),
-                        "broken": [name for record in records for name in record["broken"]],
-                        "plan": corpus.plan()})
-                except SystemExit:                   # there is nothing to train on
-                    remove_tokens(corpus.out)
-                    shutil.rmtree(corpus.out / "units")
-                    with contextlib.suppress(OSError):
-                        corpus.out.rmdir()           # unless somebody has put something in it
-                    raise
-                for half in corpus.out.glob("*.bin.tmp"):
-                    half.unlink()
-                shutil.rmtree(corpus.out / "units")
+    path, plan = corpus.out / "source.json", corpus.out / "units" / "plan.json"
+    records = [corpus.record(i) for i in range(len(corpus.units()))]
+    # where there is no plan any more another process has finished it
+    with contextlib.suppress(FileNotFoundError), open(plan, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not path.exists() and all(record.exists() for record in records):
+            gather(corpus, list(map(read_json, records)))
     return read_json(path) if path.exists() else None
+
+
+def gather(corpus, records):
+    """Makes one source of all units. Exits where there is nothing to train on, and removes them."""
+    info = {split: {key: sum(record[split][key] for record in records)
+                    for key in ("documents", "tokens", "bytes")} for split in SPLITS}
+    skipped = sum((Counter(record["skipped"]) for record in records), Counter())
+    try:
+        complete(corpus.out, corpus.model, info, corpus.val_fraction, {
+            "from": corpus.given, "command": corpus.command(),
+            "skipped": dict(sorted(skipped.items())),
+            "lost": sum(record["lost"] for record in records),
+            "broken": [name for record in records for name in record["broken"]],
+            "plan": corpus.plan()})
+    except SystemExit:
+        remove_tokens(corpus.out)
+        shutil.rmtree(corpus.out / "units")
+        with contextlib.suppress(OSError):
+            corpus.out.rmdir()                       # unless somebody has put something in it
+        raise
+    for half in corpus.out.glob("*.bin.tmp"):
+        half.unlink()
+    shutil.rmtree(corpus.out / "units")
 
 
 def tokenize(corpus, part, parts, workers, strict):
@@ -889,7 +894,7 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
                  "use one that has, or tokenize own text")
     print(f"this Python's library: {len(prose)} documents of prose, {len(code)} of code")
     model = train_tokenizer([text for text in prose + code
-                             if not is_validation(text, val_fraction)], vocab_size)
+                             if not is_validation(text.encode(), val_fraction)], vocab_size)
     origin = f"the library of Python {sys.version.split()[0]}"
     for name, texts in ("demo-prose", prose), ("demo-code", code):
         bar = tqdm(texts, desc=name, disable=None)
