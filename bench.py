@@ -4,8 +4,11 @@
     python bench.py train --ablate      what each optimization contributes
     python bench.py train --peers       transformers on the same model
     python bench.py prepare [FILES...] [--tokenizer=FILE]      text to tokens, and its peers
+    python bench.py generate [CHECKPOINT] [--batch=ROWS]       tokens to text, in bf16, int8, int4
+    python bench.py generate --peers    transformers and llama.cpp on the same weights
+    python bench.py generate CHECKPOINT --quality              what int8 and int4 cost
 
-What is timed is train.py's own train_step, and tokenizer.py's Encoder. Each measurement has a
+What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each measurement has a
 process to itself, so that none profits from what another one compiled, cached or allocated.
 Machines are shared and clocks wander: only ratios within one run mean anything, and what is
 compared is measured twice, in turns.
@@ -22,11 +25,15 @@ A text is encoded cold, by an encoder that has remembered nothing yet; new, by o
 the other half of the corpus; and warm, by one that has encoded this text before. A corpus of
 terabytes lies between new and warm.
 
+A token of generation must read all weights once, and what the cache holds; so the limit is how fast
+the device reads, which is measured by a sum over 1 GB.
+
 The last line is JSON: tokens_per_second, mfu (by the first count; of what products reach here
 where the maker's number is unknown), peak_memory in bytes, ratio_to_..., above 1 where we are
 faster, and what else was measured.
 """
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -57,8 +64,11 @@ import prepare
 import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
+from model import find_device, find_dtype
+from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, only_read,
+                    size_of)
 from tokenizer import Encoder, llama_style, tokenizer_json
-from train import TrainConfig, World, find_device, in_bytes
+from train import TrainConfig, World, in_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -570,6 +580,291 @@ def bench_prepare(args):
 
 
 # --------------------------------------------------------------------------------------------------
+# Generation
+
+def read_limit(device):
+    """Bytes/s at which the device reads."""
+    source = in_large_pages(torch.ones(2 ** 27, dtype=torch.int64, device=device))
+    return source.nbytes / seconds_of(source.sum, device)
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+def random_prompt(vocab_size, n):
+    return np.random.default_rng(0).integers(3, vocab_size, n).tolist()
+
+
+def measure_generation(folder, quantize, batch, prompt, steps, compile):
+    """What generate does with `batch` rows behind a prompt of so many tokens, in a process of its
+    own: seconds to load, of the prompt, of each step; bytes; the logits behind the prompt."""
+    device = find_device()
+    start = time.perf_counter()
+    llama = only_read(model.Llama.from_pretrained(folder, device, find_dtype(device)[0]), quantize)
+    loading, V = time.perf_counter() - start, llama.config.vocab_size
+    decoder = Decoder(llama, batch, prompt + steps, V, compile)
+    ids = random_prompt(V, prompt)
+    with torch.inference_mode():
+        reading = seconds_of(lambda: decoder.read([ids]), device, 3)
+        decoder.read([ids], batch)
+        start = time.perf_counter()
+        decoder.step(torch.zeros(batch, 1, dtype=torch.long, device=device))
+        compiling = time.perf_counter() - start
+        logits = decoder.read([ids])[0].cpu().numpy()
+    marks = []
+    for _ in generate(decoder, [ids], batch, steps, set(), greedy):
+        marks.append(time.perf_counter())
+    weights = sum(tensor.nbytes for m in decoder.model.modules() if isinstance(m, Weight)
+                  for tensor in m.buffers())
+    cache = sum(tensor.nbytes for pair in decoder.cache.layers for tensor in pair)
+    return {"loading": loading, "compiling": compiling, "reading": reading,
+            "steps": np.diff(marks).tolist()[1:], "bytes": weights + cache,
+            "stored": size_of(llama), "memory": train.memory_used(device), "logits": logits}
+
+
+def measure_transformers_generation(folder, quantize, batch, prompt, steps, compile):
+    """The same of transformers, in the same dtype, by the calls that its generate makes."""
+    from transformers import AutoModelForCausalLM
+    device = find_device()
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=find_dtype(device)[0]).to(device)
+    ids = torch.tensor([random_prompt(llama.config.vocab_size, prompt)], device=device)
+
+    @torch.inference_mode()
+    def read():
+        return llama(ids.repeat(rows, 1), use_cache=True, logits_to_keep=1)
+
+    rows = 1
+    reading, logits = seconds_of(read, device, 3), read().logits[0, -1].float().cpu().numpy()
+    rows, taken = batch, []
+    out = read()
+    with torch.inference_mode():
+        for _ in range(steps):
+            start = time.perf_counter()
+            out = llama(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+            wait(device)
+            taken.append(time.perf_counter() - start)
+    return {"reading": reading, "steps": taken[1:], "logits": logits,
+            "memory": train.memory_used(device)}
+
+
+def measure_llama_cpp(folder, quantize, batch, prompt, steps, compile):
+    """The same of llama.cpp with one row, by its calls for single tokens."""
+    import llama_cpp
+    threads = torch.get_num_threads()
+    llama = llama_cpp.Llama(f"{folder}/{GGUF[quantize]}.gguf", n_ctx=prompt + steps, n_batch=512,
+                            n_threads=threads, n_threads_batch=threads, verbose=False,
+                            n_gpu_layers=-1 if torch.cuda.is_available() else 0)
+    ids = random_prompt(llama.n_vocab(), prompt)
+
+    def read():
+        llama.reset()
+        llama.eval(ids)
+
+    reading = seconds_of(read, torch.device("cpu"), 3)
+    at = ctypes.cast(llama_cpp.llama_get_logits(llama.ctx), ctypes.POINTER(ctypes.c_float))
+    logits, taken = np.ctypeslib.as_array(at, (llama.n_vocab(),)).copy(), []
+    for i in range(steps):
+        start = time.perf_counter()
+        llama.eval([ids[i % prompt]])
+        taken.append(time.perf_counter() - start)
+    return {"reading": reading, "steps": taken[1:], "logits": logits,
+            "memory": train.memory_used(torch.device("cpu"))}
+
+
+GGUF = {None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}        # what llama.cpp calls the nearest
+
+GGUF_NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output", "blocks": "blk",
+              "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k",
+              "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up",
+              "down": "ffn_down"}
+
+
+def write_gguf(folder, out):
+    """The weights of a folder for llama.cpp, in bf16 and as it quantizes them. It rotates
+    neighbouring numbers where we rotate halves, so rows of q and k change places."""
+    import gguf
+    import llama_cpp
+    llama = model.Llama.from_pretrained(folder, dtype=torch.bfloat16)
+    cfg, writer = llama.config, gguf.GGUFWriter(out / "BF16.gguf", "llama")
+    for add, value in ((writer.add_context_length, cfg.context),
+                       (writer.add_embedding_length, cfg.d_model),
+                       (writer.add_block_count, cfg.n_layer),
+                       (writer.add_feed_forward_length, cfg.d_ff),
+                       (writer.add_head_count, cfg.n_head),
+                       (writer.add_head_count_kv, cfg.n_kv_head),
+                       (writer.add_layer_norm_rms_eps, cfg.norm_eps),
+                       (writer.add_rope_freq_base, cfg.rope_theta),
+                       (writer.add_vocab_size, cfg.vocab_size),
+                       (writer.add_file_type, gguf.LlamaFileType.MOSTLY_BF16),
+                       (writer.add_tokenizer_model, "no_vocab")):
+        add(value)
+    for name, p in llama.named_parameters():
+        *path, _ = name.split(".")
+        p, label = p.data, ".".join(GGUF_NAMES.get(part, part) for part in path
+                                    if part not in ("attn", "mlp"))
+        if path[-1] in ("q", "k"):
+            p = p.view(-1, 2, cfg.head_dim // 2, cfg.d_model).transpose(1, 2).reshape(p.shape)
+        if p.ndim == 1:
+            writer.add_tensor(f"{label}.weight", p.float().numpy())
+        else:
+            writer.add_tensor(f"{label}.weight", p.view(torch.uint8).numpy(),
+                              raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for quantize in "int8", "int4":
+        how = llama_cpp.llama_model_quantize_default_params()
+        how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{GGUF[quantize]}")
+        if llama_cpp.llama_model_quantize(bytes(out / "BF16.gguf"),
+                                          bytes(out / f"{GGUF[quantize]}.gguf"),
+                                          ctypes.byref(how)):
+            sys.exit(f"llama.cpp could not write {GGUF[quantize]}")
+
+
+def random_model(out):
+    """A folder with the weights of an untrained TinyLlama, which are read as fast as any."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        llama = model.Llama(model.ModelConfig())
+    llama.to(torch.bfloat16).to_empty(device="cpu").init_weights().save_pretrained(out)
+    return out
+
+
+def bench_generate(args):
+    device = find_device()
+    dtype, why = find_dtype(device)
+    if args.quality:
+        return bench_quality(args)
+    peers = {}
+    if args.peers:
+        for name, packages, measure in (
+                ("transformers", ["transformers"], measure_transformers_generation),
+                ("llama_cpp", ["llama_cpp", "gguf"], measure_llama_cpp)):
+            lacking = [package for package in packages if not find_spec(package)]
+            if lacking or (name == "llama_cpp" and args.batch > 1):
+                print(f"left out: {name}: " + (f"{lacking[0]} is not installed" if lacking else
+                                               "it is measured with one row"))
+            else:
+                peers[name] = measure
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        source = find_model(args.checkpoint) if args.checkpoint else random_model(folder)
+        if "llama_cpp" in peers:
+            in_own_process(write_gguf, source, folder)
+        limit = in_own_process(read_limit, device)
+        print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]} ({why}): reads "
+              f"{limit / 1e9:.1f} GB/s; {args.batch} rows behind {args.prompt} tokens")
+        runs = {}
+        for _ in range(2):                                                          # in turns
+            for quantize in args.precisions:
+                for name, measure in {"ours": measure_generation, **peers}.items():
+                    if name == "transformers" and quantize:
+                        continue
+                    where = folder if name == "llama_cpp" else source
+                    runs.setdefault((quantize, name), []).append(in_own_process(
+                        measure, where, quantize, args.batch, args.prompt, args.tokens,
+                        args.compile == "True"))
+    return tell(runs, args, str(dtype)[6:], limit, in_own_process(read_limit, device))
+
+
+def tell(runs, args, dtype, *limits):
+    """Prints and returns what was measured; `limits` are bytes/s read, before and after."""
+    print(f"\n{'':26}{'tokens/s':>9}{'ms':>8}{'GB read':>9}{'GB/s':>7}{'of limit':>9}"
+          f"{'prompt/s':>10}{'first, s':>9}{'memory':>9}{'ours is':>9}")
+    results, limit = {}, max(limits)
+    for (quantize, name), found in runs.items():
+        step = median(s for one in found for s in one["steps"])
+        reading = min(one["reading"] for one in found)
+        row = {"tokens_per_second": args.batch / step, "prompt_tokens_per_second":
+               args.prompt / reading, "time_to_first_token": reading,
+               "peak_memory": max(one["memory"] for one in found)}
+        text = f"{args.batch / step:9,.1f}{1e3 * step:8.2f}"
+        if name == "ours":
+            ours, read = row, found[0]["bytes"]
+            row |= {"bytes_per_step": read, "share": read / step / limit,
+                    "loading": min(one["loading"] for one in found),
+                    "compiling": min(one["compiling"] for one in found)}
+            results[quantize or dtype] = row
+            text += f"{read / 1e9:9.3f}{read / step / 1e9:7.1f}{row['share']:9.0%}"
+        else:
+            ours[name] = row
+            ours[f"ratio_to_{name}"] = ours["tokens_per_second"] / row["tokens_per_second"]
+            text += f"{'':25}"
+            mine, theirs = runs[quantize, "ours"][0]["logits"], found[0]["logits"]
+            row["distance"] = float(np.linalg.norm(mine - theirs) / np.linalg.norm(mine))
+        label = {"ours": quantize or dtype, "llama_cpp": f"llama.cpp {GGUF[quantize]}"}
+        print(f"{'  ' * (name != 'ours') + label.get(name, name):26}{text}"
+              f"{row['prompt_tokens_per_second']:10,.0f}{reading:9.2f}"
+              f"{in_bytes(row['peak_memory']):>9}"
+              + (f"{ours[f'ratio_to_{name}']:9.2f}" if name != "ours" else ""))
+    for key, row in results.items():
+        print(f"{key}: loaded in {row['loading']:.1f} s, compiled in {row['compiling']:.1f} s; "
+              + "; ".join(f"logits {row[name]['distance']:.1%} from those of {name}"
+                          for name in ("transformers", "llama_cpp") if name in row))
+    return {"tokens_per_second": next(iter(results.values()))["tokens_per_second"],
+            "peak_memory": max(row["peak_memory"] for row in results.values()),
+            "read_bytes_per_second": limit, **{
+                ratio: min(row[ratio] for row in results.values() if ratio in row)
+                for ratio in ("ratio_to_transformers", "ratio_to_llama_cpp")
+                if any(ratio in row for row in results.values())}, "results": results}
+
+
+def sources_of(args, folder):
+    """The sources whose validation texts are read: those named, or those of the run that wrote the
+    checkpoint."""
+    names, state = args.data, folder / "training/state.json"
+    if not names and state.exists():
+        state = model.read_json(state)
+        names = [str(Path(state["recipe"]["data_dir"]) / name) for name in state["sources"]]
+    if not names:
+        sys.exit("--quality needs texts: --data=data/NAME")
+    return names
+
+
+def bench_quality(args):
+    """Bits per byte, and the distance of logits from those of the weights as they are."""
+    if not args.checkpoint:
+        sys.exit("--quality needs a trained CHECKPOINT")
+    folder, device = find_model(args.checkpoint), find_device()
+    dtype = find_dtype(device)[0]
+    names, results, exact = sources_of(args, folder), {}, {}
+    print(f"{'':12}{'MB':>8}{'logits off':>12}{'same choice':>13}  bits per byte of "
+          + ", ".join(names))
+    for quantize in args.precisions:
+        llama = only_read(model.Llama.from_pretrained(folder, device, dtype), quantize)
+        source_bits, away, agreed = [], [], []
+        for name in names:
+            source = Source(name, "val", llama.config.context)
+            n = min(source.windows, max(1, args.eval_tokens // source.context))
+            nats = 0
+            for i in range(n):
+                x, y = train.read_batch({name: source}, [(name, i * source.windows // n)], device)
+                with torch.inference_mode():
+                    logits = llama(x)[0].float()                                  # (T, V)
+                nats += F.cross_entropy(logits, y[0]).item() / n
+                first = exact.setdefault((name, i), logits)
+                away.append(((logits - first).norm() / first.norm()).item())
+                agreed.append((logits.argmax(-1) == first.argmax(-1)).float().mean().item())
+            source_bits.append(nats / math.log(2) * source.info["tokens"] / source.info["bytes"])
+        results[quantize or str(dtype)[6:]] = row = {
+            "stored": size_of(llama), "distance": sum(away) / len(away),
+            "agreement": sum(agreed) / len(agreed), "bits_per_byte": dict(zip(names, source_bits))}
+        print(f"{quantize or str(dtype)[6:]:12}{row['stored'] / 1e6:8,.1f}{row['distance']:12.2%}"
+              f"{row['agreement']:13.1%}  " + "  ".join(f"{bits:.4f}" for bits in source_bits))
+    return {"results": results}
+
+
+# --------------------------------------------------------------------------------------------------
+
+def stored_as(word):
+    """None for "full", else a way to quantize."""
+    found = {str(key or "full"): key for key in STORED}
+    if word not in found:
+        raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(found)}")
+    return found[word]
+
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -590,6 +885,21 @@ def parse_args(argv):
     p.add_argument("--text_key", default="text")
     p.add_argument("--seconds", type=float, default=5, help="of each measurement (%(default)s)")
     p.add_argument("--json", help="a file for what the last line says")
+    p = commands.add_parser("generate", help="tokens/s of generation", allow_abbrev=False)
+    p.add_argument("checkpoint", nargs="?", help="a folder or a hub name; without, the weights of "
+                   "an untrained TinyLlama")
+    p.add_argument("--batch", type=int, default=1, help="texts at once (%(default)s)")
+    p.add_argument("--prompt", type=int, default=512, help="tokens before (%(default)s)")
+    p.add_argument("--tokens", type=int, default=100, help="to generate (%(default)s)")
+    p.add_argument("--precisions", type=lambda text: [stored_as(word) for word in text.split(",")],
+                   default=[*STORED], help="of full,int8,int4: those to measure")
+    p.add_argument("--compile", choices=["True", "False"], default="True")
+    p.add_argument("--peers", action="store_true", help="measure transformers and llama.cpp, too")
+    p.add_argument("--quality", action="store_true", help="measure what a precision costs instead")
+    p.add_argument("--data", nargs="+", help="folders of sources for --quality; default: those of "
+                   "the checkpoint's run")
+    p.add_argument("--eval_tokens", type=int, default=32_768, help="of each (%(default)s)")
+    p.add_argument("--json", help="a file for what the last line says")
     args, keys = parser.parse_known_args(argv)
     if args.command == "train":
         args.recipe += keys                                   # config.py refuses what is no key
@@ -600,7 +910,8 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    result = {"train": bench_train, "prepare": bench_prepare}[args.command](args)
+    result = {"train": bench_train, "prepare": bench_prepare,
+              "generate": bench_generate}[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))

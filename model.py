@@ -24,6 +24,7 @@ Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 
 
 What is put on from outside (sharding, precision, compilation) changes nothing here.
 """
+import copy
 import json
 import math
 import os
@@ -92,18 +93,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
 
-def rotary(start, stop, head_dim, theta, device):
-    """cos and sin, (T, D) each in fp32, of the rotary angles at positions start..stop-1 (RoFormer,
-    arXiv 2104.09864).
+def rotary(positions, head_dim, theta):
+    """cos and sin, (1, T, D) each in fp32, of the rotary angles at positions (T,); (B, 1, T, D) at
+    positions (B, T) (RoFormer, arXiv 2104.09864).
 
     Pair i of a head turns by theta^(-2i/D) a position. They are computed anew each forward, which
     costs nothing beside it; a table kept in the model would be lost on the meta device and rounded
     by .to(bfloat16).
     """
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-                           / head_dim)
-    angle = torch.arange(start, stop, device=device, dtype=torch.float32)[:, None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)                                # (T, D)
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device,
+                                        dtype=torch.float32) / head_dim)
+    angle = positions[..., None, :, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)                                # ([B,] 1, T, D)
     return angle.cos(), angle.sin()
 
 
@@ -124,16 +125,20 @@ def flash_suits(q):
             and q.dtype in (torch.float16, torch.bfloat16))
 
 
-def attention(q, k, v):
-    """softmax(q kᵀ / √D) v, causal: q (B, H, T, D) are the last T of the S positions of k and v
-    (B, K, S, D).
+def attention(q, k, v, mask=None):
+    """softmax(q kᵀ / √D) v, q (B, H, T, D), k and v (B, K, S, D). Causal, q being the last T of the
+    S positions; or each query sees what mask (B, 1, T, S) says.
 
     Grouped-query attention (arXiv 2305.13245), here with H = 8 and K = 2: four query heads share
     one key/value head, so the cache is a quarter as large.
         query heads   0 1 2 3   4 5 6 7
         k, v heads       0         1
     """
-    T, S = q.shape[2], k.shape[2]
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if mask is not None:     # query heads that share a key head become its queries: each key is
+        q = q.reshape(B, K, -1, D).to(k.dtype)                               # read once
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
+        return y.view(B, H, T, D)
     if flash_suits(q):       # (B, T, H, D); its causal mask is aligned to the last position
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                causal=True).transpose(1, 2)
@@ -175,37 +180,58 @@ def attention_by_rows(q, k, v, rows=ROWS):
 
 class KVCache:
     """Keys and values of the positions seen so far, for one generation of B rows and at most `size`
-    tokens.
+    tokens. The model writes into them and advances `length`.
 
-    Its tensors, (layer, B, K, size, D), never change shape or place. The model writes into them and
-    advances `length`.
+    `layers` holds a pair of tensors (B, K, size, D) for each layer, which never change shape or
+    place. `length` is a number as long as all rows have as many positions, as in a prompt; later a
+    tensor (B,), each row its own. No shape depends on that, so one compiled graph serves every
+    step; what a row has not reached yet is masked.
     """
 
     def __init__(self, config, batch, size, device=None, dtype=None):
-        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        shape = (batch, config.n_kv_head, size, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype),
+                        torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.n_layer)]
+        self.length, self.size = 0, size
 
-    @property
-    def size(self):
-        return self.k.shape[3]
+    def row(self, b):
+        """A cache of row b alone, empty, in the same place."""
+        row = copy.copy(self)
+        row.layers, row.length = [(k[b:b + 1], v[b:b + 1]) for k, v in self.layers], 0
+        return row
 
-    def append(self, layer, k, v):
-        """Writes k and v (B, K, T, D) behind what `layer` has and returns views of all of it,
-        (B, K, S, D)."""
-        stop = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:stop] = k
-        self.v[layer, :, :, self.length:stop] = v
-        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+    def places(self, T):
+        """Where T more tokens of each row stand: (positions (T,) or (B, T), mask (B, 1, T, size) of
+        what they see or None where that is all before them). A row that has ended may be stepped
+        on; it stays in its last place."""
+        device = self.layers[0][0].device
+        steps = torch.arange(T, device=device)
+        if not torch.is_tensor(self.length):
+            assert self.length + T <= self.size, (
+                f"{T} tokens behind {self.length} do not fit a cache of {self.size}")
+            return self.length + steps, None
+        positions = (self.length[:, None] + steps).clamp(max=self.size - 1)
+        mask = torch.arange(self.size, device=device) <= positions[..., None]
+        return positions, mask[:, None]
 
-    def repeat(self, n):
-        """A cache in which each row stands n times: a prompt is run once, however many samples are
-        drawn from it."""
-        copy = object.__new__(KVCache)
-        copy.k, copy.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
-        copy.length = self.length
-        return copy
+    def layer(self, i, T):
+        """Keys and values of layer i, as far as T more tokens see."""
+        k, v = self.layers[i]
+        if torch.is_tensor(self.length):
+            return k, v
+        stop = self.length + T
+        return k[:, :, :stop], v[:, :, :stop]
+
+
+def write(cache, new, positions):
+    """Writes new (B, K, T, D) into keys or values (B, K, S, D): at positions (B, T), or last."""
+    T = new.shape[2]
+    if positions.ndim == 1:
+        cache[:, :, -T:] = new
+    else:
+        rows = torch.arange(len(cache), device=cache.device)[:, None]
+        cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)      # (B, T, K, D)
 
 
 class Linear(nn.Linear):
@@ -239,14 +265,17 @@ class Attention(nn.Module):
         self.v = Linear(config.d_model, config.n_kv_head * config.head_dim)
         self.o = Linear(config.d_model, config.d_model)
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
+    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H or K, T, D)
                    for y in products(x, (self.q, self.k, self.v)))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                # (B, K, S, D)
-        return self.o(attention(q, k, v).transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+            for seen, new in zip(cache, (k, v)):
+                write(seen, new, positions)
+            k, v = cache                                                    # (B, K, S, D)
+        y = attention(q, k, v, mask)
+        return self.o(y.transpose(1, 2).reshape(B, T, C))                   # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -271,8 +300,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, layer)
+    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
+        """x (B, T, C); cache: keys and values of this layer, into which those of x are written at
+        positions."""
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, positions, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -359,26 +390,24 @@ class Llama(nn.Module):
         else:
             p.normal_(std=math.sqrt(2 / 5 / C))
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With
-        a cache, idx continues what the cache holds, and the cache then holds idx too."""
+    def forward(self, idx, targets=None, cache=None, last=False):
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) of the last token alone; with targets (B, T)
+        the mean cross-entropy in nats. With a cache, idx continues what the cache holds, and the
+        cache then holds idx too."""
         B, T = idx.shape
-        start = 0 if cache is None else cache.length
-        if cache is not None:
-            assert start + T <= cache.size, (
-                f"{T} tokens behind {start} do not fit a cache of {cache.size}")
-        cos, sin = rotary(start, start + T, self.config.head_dim, self.config.rope_theta,
-                          idx.device)
+        positions, mask = ((torch.arange(T, device=idx.device), None) if cache is None
+                           else cache.places(T))
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(idx)                                                  # (B, T, C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, layer)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache and cache.layer(i, T), positions, mask)
         if cache is not None:
             cache.length += T
-        head = self.embed if self.config.tie_embeddings else self.head
-        x = self.norm(x)
-        if targets is None:
-            return F.linear(x, head.weight)                                  # (B, T, V)
-        return HeadLoss.apply(x.flatten(0, 1), head.weight, targets.flatten(), self.loss_of_logits,
+        x = self.norm(x[:, -1:] if last else x)
+        if targets is None:                                                  # (B, T, V)
+            return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
+        weight = self.head.weight if hasattr(self, "head") else self.embed.weight
+        return HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), self.loss_of_logits,
                               torch.is_grad_enabled())
 
     def flops_per_token(self, T=None):
@@ -447,6 +476,23 @@ class Llama(nn.Module):
             raise ModelError(f"{folder} does not hold the model of its config.json: "
                              f"missing {sorted(missing) or 'nothing'}, "
                              f"unknown {sorted(unknown) or 'nothing'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Hardware
+
+def find_device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def find_dtype(device):
+    """(dtype to compute in on that device, why). What it would only emulate does not count."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                 or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "the CPU has it"
+    return torch.float32, f"this {device.type} has no bfloat16 of its own"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,20 +6,37 @@ model once, and fills the cache with its keys and values. From there each token 
 a single position: the model gives logits for the next one, `choose` draws from them, and what was
 drawn goes in again, until the model ends the document itself (EOS), or the context is full.
 
-Prompt and continuation go to standard output, samples separated by a line ---, and nothing else
-does.
+For a single text such a pass multiplies each weight with one number, so it takes as long as reading
+the weights: TinyLlama's 2.07 GB in bf16, at some 45 GB/s on two CPU cores and 4,300 on an H200.
+Three things make a token cheaper than that, and all are here. Weights stored in 8 or 4 bits are
+less to read (--quantize). Several texts at once share the reading (--num_samples, --prompts). And a
+small model can guess the next tokens, all of which the large one then checks in a single pass,
+without a change in what is likely to come out (--draft; speculative decoding, arXiv 2211.17192).
+
+Prompt and continuation go to standard output, samples separated by a line ---, or as JSON lines for
+--prompts, and nothing else does.
 """
 import argparse
+import copy
 import glob
+import json
+import math
+import mmap
 import os
 import re
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from model import KVCache, Llama, ModelError, read_json
+from model import (KVCache, Linear, Llama, ModelError, find_device, find_dtype,
+                   read_json)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -66,10 +83,12 @@ class Tokenizer:
                 sp = sentencepiece.SentencePieceProcessor(
                     model_file=str(folder / "tokenizer.model"))
                 self.size, self.encode, self.decode = len(sp), sp.encode, sp.decode
+                self.piece = sp.id_to_piece
             elif (folder / "tokenizer.json").exists():
                 import tokenizers
                 fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
                 self.size, self.decode = fast.get_vocab_size(), fast.decode
+                self.piece = fast.id_to_token
                 self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
             else:
                 sys.exit(f"{folder} has no tokenizer: "
@@ -79,13 +98,15 @@ class Tokenizer:
         except Exception as error:      # both libraries raise bare ones at a damaged file
             sys.exit(f"the tokenizer of {folder} cannot be read: {error}")
 
+    def pieces(self):
+        return [self.piece(i) for i in range(self.size)]
 
-def load_model(folder):
-    """(model, tokenizer) of a folder, on the accelerator if there is one: there in bf16 where it
-    has that, else in fp32."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model = Llama.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32).eval()
+
+def load_model(folder, quantize=None, dtype=None):
+    """(model, tokenizer) of a folder, for reading only, on the accelerator if there is one; in
+    bf16 where the hardware has it, else in fp32."""
+    device = find_device()
+    model = Llama.from_pretrained(folder, device, dtype or find_dtype(device)[0])
     tokenizer = Tokenizer(folder)
     if tokenizer.size > model.config.vocab_size:
         sys.exit(f"the tokenizer of {folder} has {tokenizer.size} tokens and its model "
@@ -93,62 +114,387 @@ def load_model(folder):
     if not isinstance(tokenizer.bos_id, int) or not 0 <= tokenizer.bos_id < tokenizer.size:
         sys.exit(f"config.json of {folder} has bos_token_id {tokenizer.bos_id}: a text begins with "
                  f"it, so it must be one of the {tokenizer.size} tokens")
-    return model, tokenizer
+    return only_read(model, quantize), tokenizer
+
+
+def count(model):
+    """Its parameters, however they are stored."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(model.config).parameters())
+
+
+def size_of(model):
+    """Bytes of what it stores."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights that are only read
+
+FEW = 8             # rows, up to which a product takes no longer than reading its weight
+STREAMS = 2         # places of a weight that are read at once
+GROUP = 64          # weights of int4 that share a scale
+
+
+def in_large_pages(tensor):
+    """The tensor, on Linux in pages of 2 MB instead of 4 kB: a CPU then reads it a sixth faster, as
+    it looks up 500 times fewer addresses."""
+    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or tensor.nbytes < 2 ** 21:
+        return tensor
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def dot(x, w):
+    """x (I,) times w (N, I), as the sums (N,) that the compiler turns into one loop. Of more than
+    4,096 numbers it makes a slow one, so they go in pairs."""
+    I, n = len(x), 1
+    while I > 4096 * n and I % (128 * n) == 0:
+        n *= 2
+    x, w = x.view(-1, n, I // n if n == 1 else 64), w.view(len(w), -1, n, I // n if n == 1 else 64)
+    return sum(x[:, k] * w[:, :, k] for k in range(n)).sum((-1, -2))
+
+
+class Weight(nn.Module):
+    """A linear layer, x @ weightᵀ, whose weight (O, I) is only read from now on; here, as it is.
+
+    For many rows, a prompt, that is a product of matrices. For few, a token each, its time is that
+    of reading the weight, and there is nothing to gain but by reading faster, or less. On a CPU
+    F.linear does so at half the speed of memory or less; sums over x * weight, compiled, at nearly
+    all of it, and they turn int8 and int4 into floats on the way.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.dtype = weight.dtype
+        self.store(weight)
+
+    def store(self, weight):
+        self.register_buffer("weight", in_large_pages(weight.data))
+
+    def product(self, x):
+        """x (..., I) -> (..., O)."""
+        return F.linear(x, self.weight)
+
+    def times(self, x):
+        """The same of one row x (I,) in fp32, for the compiler."""
+        return torch.cat([dot(x, part) for part in self.weight.chunk(STREAMS)])
+
+    def forward(self, x):
+        shape = x.shape[:-1]
+        if shape.numel() > FEW or not torch.compiler.is_compiling():
+            return self.product(x.to(self.dtype))
+        x = x.float().reshape(shape.numel(), -1)
+        # the compiler does not see through as_strided: it computes x once, and not, say, the norm
+        # that x comes from for each row of the weight
+        x = x.as_strided(x.shape, x.stride())
+        return torch.stack([self.times(row) for row in x]).view(*shape, -1)
+
+
+class Int8(Weight):
+    """Each row of the weight in whole numbers from -127 to 127, times a scale."""
+
+    def store(self, weight):
+        weight = weight.float()
+        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+        self.register_buffer("weight", in_large_pages(
+            (weight / scale[:, None]).round_().to(torch.int8)))
+        self.register_buffer("scale", scale)
+
+    def product(self, x):
+        return (F.linear(x, self.weight.to(self.dtype)) * self.scale).to(self.dtype)
+
+    def times(self, x):
+        return super().times(x) * self.scale
+
+
+class Int4(Weight):
+    """GROUP neighbours of a row in whole numbers from -8 to 7, times a scale that makes the largest
+    of them -8. A byte holds one of the first half of a group, plus 8, and 16 times one of the
+    second half."""
+
+    def store(self, weight):
+        O, I = weight.shape
+        group = math.gcd(I, GROUP)
+        if group % 2:
+            raise ModelError(f"int4 stores two numbers a byte: a width of {I} is odd")
+        groups = weight.float().view(O, -1, group)
+        scale = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
+        scale[scale == 0] = 1
+        first, second = (groups / scale).round_().clamp_(-8, 7).to(torch.int8).chunk(2, dim=2)
+        self.register_buffer("weight", in_large_pages(16 * second + (first + 8)))
+        self.register_buffer("scale", in_large_pages(scale[..., 0].contiguous()))
+
+    def product(self, x):
+        first, second = (self.weight & 15) - 8, self.weight >> 4
+        groups = torch.cat((first, second), dim=2).to(self.dtype)
+        return F.linear(x, (groups * self.scale[..., None].to(self.dtype)).flatten(1))
+
+    def times(self, x):
+        # with b = 16 second + first + 8, first x₁ + second x₂ = b x₁ + second (x₂ - 16 x₁) - 8 x₁
+        x1, x2 = x.view(self.weight.shape[1], 2, -1).unbind(1)
+        x2 = x2 - 16 * x1
+
+        def part(b, scale):
+            b = b.to(torch.int32)
+            return ((b * x1 + ((b >> 4) * x2 - 8 * x1)) * scale[..., None]).sum((-1, -2))
+
+        return torch.cat([part(b, scale) for b, scale in zip(self.weight.chunk(STREAMS),
+                                                             self.scale.chunk(STREAMS))])
+
+
+class Embedding(nn.Module):
+    """Rows of a weight, in fp32, in which the residual stream stays, as it did in training."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, idx):
+        return F.embedding(idx, self.weight).float()
+
+
+STORED = {None: Weight, "int8": Int8, "int4": Int4}
+
+
+def only_read(model, quantize=None):
+    """The model, from now on for reading only, its linear layers stored as STORED says."""
+    model.requires_grad_(False)
+    if model.config.tie_embeddings:
+        model.head = STORED[quantize](model.embed.weight)
+    model.embed = Embedding(model.embed.weight)
+    for module in [*model.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, Linear):
+                setattr(module, name, STORED[quantize](child.weight))
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps
+
+CHUNK = 512         # tokens of a prompt that are run at once
+ROUND = 256         # a cache is a multiple of this, so that compiled code is found again
+
+
+def compiled(model):
+    """The same model, its weights shared, its blocks and its head compiled for steps of fixed
+    shapes: one graph for all blocks, so that compiling takes seconds."""
+    torch._dynamo.config.recompile_limit = 64         # a graph for each number of rows and tokens
+    fast = copy.copy(model)
+    fast._modules = dict(model._modules)
+    fast.blocks = nn.ModuleList(copy.copy(block) for block in model.blocks)
+    fast.head = copy.copy(model.head)
+    for module in (*fast.blocks, fast.head):
+        module.compile(fullgraph=True, dynamic=False,         # a product and its sum are one FMA
+                       options={"cpp.enable_floating_point_contract_flag": "fast"})
+    return fast
+
+
+def repays(model, quantize, steps):
+    """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
+    of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
+    as without a compiler they are turned into floats as a whole, for each token."""
+    device = model.embed.weight.device.type
+    weights = steps * sum(m.weight.nelement() for m in model.modules() if isinstance(m, Weight))
+    if device == "cuda":
+        return weights > (1e10 if quantize else 1e13)
+    return (device == "cpu" and weights > (1e10 if quantize else 1.5e11)
+            and bool(shutil.which("g++") or shutil.which("clang++")))
+
+
+class Decoder:
+    """A model and the cache of a number of rows: `read` their prompts, then take steps, each of so
+    many tokens a row. Logits are those of the first `vocabulary` tokens: what pads a vocabulary is
+    no text."""
+
+    def __init__(self, model, rows, size, vocabulary, compile=False):
+        self.model, self.vocabulary = model, vocabulary
+        self.fast = compiled(model) if compile else model
+        weight = model.embed.weight
+        size = -(-size // ROUND) * ROUND
+        self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
+        self.cache.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.graphs = {}
+
+    def read(self, prompts, n=1):
+        """Logits (R, V) behind prompts, lists of ids, n rows for each. A prompt is run once, by
+        itself, so that none waits for a longer one."""
+        device, logits = self.cache.length.device, []
+        for i, prompt in enumerate(prompts):
+            row = self.cache.row(i * n)
+            for part in torch.tensor([prompt], device=device).split(CHUNK, dim=1):
+                last = self.model(part, cache=row, last=True)[0]                  # (1, V)
+            logits.append(last)
+            for kept in self.cache.layers:
+                for tensor in kept:
+                    tensor[i * n + 1:(i + 1) * n] = tensor[i * n]
+            self.cache.length[i * n:(i + 1) * n] = len(prompt)
+        return torch.cat(logits).repeat_interleave(n, 0)[:, :self.vocabulary].float()
+
+    def step(self, ids):
+        """Logits (R, T, V) behind each of ids (R, T), which continue the rows."""
+        if ids.device.type != "cuda":
+            logits = self.fast(ids, cache=self.cache)
+        else:
+            if ids.shape not in self.graphs:
+                self.graphs[ids.shape] = self.capture(ids.clone())
+            graph, given, logits = self.graphs[ids.shape]
+            given.copy_(ids)
+            graph.replay()
+        return logits[..., :self.vocabulary].float()
+
+    def capture(self, given):
+        """A CUDA graph of one step: hundreds of kernels that are started by a single call. (It,
+        where it takes its ids, where it leaves its logits.)"""
+        length = self.cache.length.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):               # compiles, and lets libraries make their plans
+            for _ in range(3):
+                self.fast(given, cache=self.cache)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.fast(given, cache=self.cache)
+        self.cache.length.copy_(length)
+        return graph, given, logits
 
 
 # --------------------------------------------------------------------------------------------------
 # Generation
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One id for each row of logits (n, V), as (n,): the likeliest at temperature 0; else drawn
-    from softmax(logits / temperature), cut to the top_k likeliest (0: all) and of these to the
-    fewest that hold top_p of the probability (arXiv 1904.09751)."""
-    if temperature == 0:
-        return logits.argmax(-1)
+def likeliest(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """(probabilities, ids), both (..., k), of what may be drawn behind logits (..., V), likeliest
+    first: of softmax(logits / temperature) the top_k likeliest (0: all), and of these the fewest
+    that hold top_p of the probability (arXiv 1904.09751), not yet normalised; at temperature 0 the
+    likeliest alone."""
     V = logits.shape[-1]
-    values, ids = logits.float().topk(min(top_k or V, V))                         # likeliest first
-    p = ((values - values[..., :1]) / temperature).softmax(-1)
+    values, ids = logits.float().topk(1 if temperature == 0 else min(top_k or V, V))
+    p = ((values - values[..., :1]) / (temperature or 1)).softmax(-1)
     p[..., 1:][(p.cumsum(-1) - p)[..., 1:] >= top_p] = 0    # those before it hold enough already
-    return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+    return p, ids
+
+
+def draw(p, generator=None):
+    """Of each row of p (..., V) one place, (..., 1), with a chance in proportion to p: the first to
+    ring of alarms at rates p. Nothing waits for the device, as torch.multinomial would."""
+    return (torch.empty_like(p).exponential_(generator=generator).reciprocal_() * p).argmax(
+        -1, keepdim=True)
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One id for each row of logits (n, V), as (n,); see likeliest."""
+    p, ids = likeliest(logits, temperature, top_k, top_p)
+    return ids.gather(-1, draw(p, generator)).squeeze(-1)
+
+
+def on_host(ids):
+    """A function that gives the list of ids. It waits for them alone, not for what the device is
+    told after this."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    copied, done = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+    copied.copy_(ids, non_blocking=True)
+    done.record()
+
+    def read():
+        done.synchronize()
+        return copied.tolist()
+
+    return read
+
+
+def keep(new, left, eos_ids):
+    """Of new, a list of ids for each row, what comes up to its end; left is how many each row may
+    still take, 0 once it has ended."""
+    for r, ids in enumerate(new):
+        ids = ids[:left[r]]
+        end = next((k for k, i in enumerate(ids) if i in eos_ids), None)
+        new[r], left[r] = (ids, left[r] - len(ids)) if end is None else (ids[:end + 1], 0)
+    return new
 
 
 @torch.inference_mode()
-def generate(model, prompt, n, max_new_tokens, eos_ids, pick):
-    """Yields what follows `prompt` (a list of ids) in n samples, a list of n ids at a time, None
-    for a sample that has ended.
+def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
+    """Yields what follows prompts (lists of ids), n samples of each, a step at a time: for each row
+    a list of the one id that it got, or of none once it has ended.
 
-    `pick` takes logits (n, V) and returns ids (n,). At most max_new_tokens, and never more than the
-    context holds.
+    `pick` takes logits (R, V) and returns ids (R,). A row gets at most max_new_tokens, and never
+    more than the context holds.
     """
-    config, weight = model.config, model.embed.weight
-    room = min(max_new_tokens, config.context - len(prompt))
-    cache = KVCache(config, 1, len(prompt) + room, weight.device, weight.dtype)
-    logits = model(torch.tensor([prompt], device=weight.device),
-                   cache=cache)[:, -1].expand(n, -1)                              # (n, V)
-    cache = cache.repeat(n)
-    ended = [False] * n
-    for k in range(room):
-        ids = pick(logits)                                                        # (n,)
-        new = [None if done else i for done, i in zip(ended, ids.tolist())]
-        ended = [done or i in eos_ids for done, i in zip(ended, new)]
-        yield new
-        if all(ended) or k + 1 == room:
+    context = decoder.model.config.context
+    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
+    ids = pick(decoder.read(prompts, n))
+    ahead = ids.device.type == "cuda"        # its next step is computed while this one's ids travel
+    for k in range(max(left)):
+        read = on_host(ids)
+        if ahead and k + 1 < max(left):
+            ids = pick(decoder.step(ids[:, None])[:, -1])
+        yield keep([[i] for i in read()], left, eos_ids)
+        if not any(left):
             return
-        logits = model(ids[:, None], cache=cache)[:, -1]                          # (n, V)
+        if not ahead:
+            ids = pick(decoder.step(ids[:, None])[:, -1])
+
+
+@torch.inference_mode()
+def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how, generator,
+              counts=None):
+    """Yields as generate does, but several ids a row and step: the decoder `draft` guesses so many,
+    and `decoder` checks them all in one pass (arXiv 2211.17192).
+
+    Where q is the chance that the draft gave its guess and p that of the model, the guess stays
+    with chance min(1, p / q); instead of the first that does not, one is drawn from what p has more
+    than q. Together that is p: nothing about the text tells that there was a draft. `how` are the
+    settings of likeliest; counts[0] are the guesses made, counts[1] those that stayed.
+    """
+    context = decoder.model.config.context
+    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
+
+    def chances(logits):                                     # (..., V), of the whole vocabulary
+        p, ids = likeliest(logits, **how)
+        return torch.zeros_like(logits).scatter_(-1, ids, p / p.sum(-1, keepdim=True))
+
+    draft.read(prompts, n)
+    ids = draw(chances(decoder.read(prompts, n)), generator)                      # (R, 1)
+    yield keep(ids.tolist(), left, eos_ids)
+    while any(left):
+        before, rows, q = decoder.cache.length.clone(), [ids], []
+        for _ in range(guesses):
+            q.append(chances(draft.step(rows[-1])[:, -1]))
+            rows.append(draw(q[-1], generator))
+        draft.step(rows[-1])                                 # the draft reads its last guess, too
+        p = chances(decoder.step(torch.cat(rows, 1)))                             # (R, guesses+1, V)
+        guessed = torch.cat(rows[1:], 1)                                          # (R, guesses)
+        q = torch.stack([*q, torch.zeros_like(q[0])], 1)     # nothing is guessed behind the last
+        pq = [t[:, :-1].gather(2, guessed[..., None])[..., 0] for t in (p, q)]
+        luck = torch.rand(guessed.shape, device=p.device, generator=generator)
+        stayed = (luck * pq[1] < pq[0]).cumprod(1).sum(1, keepdim=True)           # (R, 1)
+        here = stayed[..., None].expand(-1, 1, p.shape[2])
+        ids = draw((p.gather(1, here) - q.gather(1, here)).clamp_(min=0)[:, 0], generator)
+        for cache in (decoder.cache, draft.cache):           # the rest was never said
+            cache.length.copy_(before + stayed[:, 0] + 1)
+        new = [g[:k] + i for g, (k,), i in zip(guessed.tolist(), stayed.tolist(), ids.tolist())]
+        if counts:
+            going = sum(l > 0 for l in left)
+            counts[0] += going * guesses
+            counts[1] += sum(k for (k,), l in zip(stayed.tolist(), left) if l)
+        yield keep(new, left, eos_ids)
 
 
 class Stream:
     """Turns ids, as they come, into the text they add to a prompt. A character whose bytes have not
-    all come waits."""
+    all come waits; what ends a document is no text."""
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.ids = tokenizer, list(prompt)
         self.seen = len(tokenizer.decode(self.ids))
 
-    def add(self, i, last=False):
-        """The text that id i adds; `last` gives out what still waits."""
-        if i is not None:
-            self.ids.append(i)
+    def add(self, ids, last=False):
+        """The text that ids add; `last` gives out what still waits."""
+        self.ids += [i for i in ids if i not in self.tokenizer.eos_ids]
         text = self.tokenizer.decode(self.ids)
         if not last:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -156,16 +502,21 @@ class Stream:
         return new
 
 
+# --------------------------------------------------------------------------------------------------
+# The program
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py",
                                      description="Generate text with a trained model.")
     parser.add_argument("checkpoint", nargs="?",
                         help="a folder or a hub name; default: the newest under out/")
-    parser.add_argument("--prompt", default="",
-                        help="the text to continue; default: none, a document from its beginning")
+    parser.add_argument("--prompt", help="the text to continue; default: none, a document from "
+                        "its beginning")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line; "
+                        'prints {"prompt": ..., "completion": ...} lines in their order')
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--num_samples", type=int,
-                        help="default: 1, or 4 where there is neither a prompt nor --temperature=0")
+    parser.add_argument("--num_samples", type=int, help="of each prompt; default: 1, or 4 where "
+                        "there is neither a prompt nor --temperature=0")
     parser.add_argument("--temperature", type=float, default=0.7,
                         help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=50,
@@ -173,62 +524,175 @@ def parse_args(argv):
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="draw from the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--quantize", choices=[*filter(None, STORED)],
+                        help="store weights in fewer bits")
+    parser.add_argument("--draft", metavar="CHECKPOINT",
+                        help="a smaller model, which guesses tokens for this one to check")
+    parser.add_argument("--guesses", type=int, default=4, help="of the draft at a time")
+    parser.add_argument("--batch", type=int, default=16,
+                        help="texts of --prompts to generate at once")
+    parser.add_argument("--compile", choices=["True", "False"],
+                        help="default: where it repays itself")
     args = parser.parse_args(argv)
+    if args.prompt is not None and args.prompts is not None:
+        sys.exit("--prompt and --prompts exclude one another")
     if args.num_samples is None:
-        args.num_samples = 1 if args.prompt or args.temperature == 0 else 4
+        args.num_samples = 1 if args.prompt or args.prompts or args.temperature == 0 else 4
     for name, fine, wanted in (("max_new_tokens", args.max_new_tokens > 0, "above 0"),
                                ("num_samples", args.num_samples > 0, "above 0"),
                                ("temperature", args.temperature >= 0, "0 or above"),
                                ("top_k", args.top_k >= 0, "0 or above"),
                                ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+                               ("guesses", args.guesses > 0, "above 0"),
+                               ("batch", args.batch > 0, "above 0"),
                                ("seed", 0 <= args.seed < 2 ** 63, "0 or above, below 2^63")):
         if not fine:
             sys.exit(f"--{name} must be {wanted}, got {getattr(args, name)}")
     return args
 
 
+def ids_of(text, tokenizer, context):
+    """The ids of a prompt, from BOS. Raises ValueError for one that is no text, or too long."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"the prompt is not UTF-8: {text!r:.80}")
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    if len(ids) >= context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the context of this model "
+                         f"{context}: shorten it")
+    return ids
+
+
+def read_prompts(path, tokenizer, context):
+    """([(prompt, ids), ...], how many lines were left out) of a file, one a line."""
+    try:
+        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}")
+    found = []
+    for number, line in enumerate(lines, 1):
+        text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        try:
+            found.append((text, ids_of(text, tokenizer, context)))
+        except ValueError as error:
+            print(f"{path}, line {number} is left out: {error}", file=sys.stderr)
+    return found, len(lines) - len(found)
+
+
+def print_stream(follow, prompt, ids, n, tokenizer):
+    """Prints one prompt with its n continuations, the first as it comes, and returns their ids."""
+    streams, texts, taken = [Stream(tokenizer, ids) for _ in range(n)], [prompt] * n, [[]] * n
+    print(prompt, end="", flush=True)
+    for new in follow([ids]):
+        taken = [before + more for before, more in zip(taken, new)]
+        added = [stream.add(more) for stream, more in zip(streams, new)]
+        texts = [text + more for text, more in zip(texts, added)]
+        print(added[0], end="", flush=True)      # beside the first, the others wait for their turn
+    print(streams[0].add([], last=True))
+    for stream, text in zip(streams[1:], texts[1:]):
+        print("---", text + stream.add([], last=True), sep="\n")
+    return taken
+
+
+def print_lines(follow, prompts, at_once, n, tokenizer):
+    """Prints {"prompt", "completion"} lines, n for each of prompts, and returns the ids."""
+    taken = []
+    for start in tqdm(range(0, len(prompts), at_once), disable=len(prompts) <= at_once):
+        part = prompts[start:start + at_once]
+        rows = part + part[-1:] * (at_once - len(part))          # of one shape, the last ones too
+        new = [sum(row, []) for row in zip(*follow([ids for _, ids in rows]))][:n * len(part)]
+        for r, ids in enumerate(new):
+            prompt, before = part[r // n]
+            text = Stream(tokenizer, before).add(ids, last=True)
+            print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False),
+                  flush=True)
+        taken += new
+    return taken
+
+
+def load_draft(args, tokenizer):
+    folder = find_model(args.draft)
+    draft, its = load_model(folder, args.quantize)
+    if its.pieces() != tokenizer.pieces() or its.bos_id != tokenizer.bos_id:
+        sys.exit(f"the draft {folder} has another tokenizer ({its.size} tokens) than this model "
+                 f"({tokenizer.size}): it cannot guess its tokens")
+    return draft
+
+
+def report(rate, counts, decoder):
+    """Says what a draft was worth, at `rate` steps a second with it."""
+    def step():
+        decoder.step(torch.zeros(len(decoder.cache.length), 1, dtype=torch.long,
+                                 device=decoder.cache.length.device)).sum().item()
+
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    print(f"the draft: {counts[1]} of {counts[0]} guesses stayed, {counts[1] / counts[0]:.0%}; "
+          f"{rate * min(taken):.2f} times as fast as without", file=sys.stderr)
+
+
 def main(argv):
     args = parse_args(argv)
     folder = find_model(args.checkpoint)
-    model, tokenizer = load_model(folder)
-    if re.search("[\ud800-\udfff]", args.prompt):
-        sys.exit(f"the prompt is not UTF-8: {args.prompt!r:.80}")
-    prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
-    if len(prompt) >= model.config.context:
-        sys.exit(f"the prompt has {len(prompt)} tokens, "
-                 f"and the context of this model {model.config.context}: shorten it")
-    device = model.embed.weight.device
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{model.embed.weight.dtype}, {device}", file=sys.stderr)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    model, tokenizer = load_model(folder, args.quantize)
+    context, lost = model.config.context, 0
+    if args.prompts is not None:
+        prompts, lost = read_prompts(args.prompts, tokenizer, context)
+    else:
+        try:
+            prompts = [(args.prompt or "", ids_of(args.prompt or "", tokenizer, context))]
+        except ValueError as error:
+            sys.exit(str(error))
+    if not prompts:
+        sys.exit(f"{args.prompts} has no prompt that can be used")
+    n, counts = args.num_samples, [0, 0]
+    at_once = min(len(prompts), max(1, args.batch // n))
+    longest = max(len(ids) for _, ids in prompts)
+    size = min(context, longest + args.max_new_tokens) + args.guesses + 1
+    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
 
-    def pick(logits):               # a vocabulary may be padded; what follows the pieces is no text
-        logits = logits[:, :tokenizer.size]
-        return choose(logits, args.temperature, args.top_k, args.top_p, generator)
+    def decoder_of(model):
+        steps = -(-len(prompts) // at_once) * min(args.max_new_tokens, context - 1)
+        compile = (repays(model, args.quantize, steps) if args.compile is None
+                   else args.compile == "True")
+        return Decoder(model, at_once * n, size, tokenizer.size, compile)
 
-    # the first sample appears as it is generated, beside which the others wait for their turn
-    streams = [Stream(tokenizer, prompt) for _ in range(args.num_samples)]
-    texts = [args.prompt] * args.num_samples
-    print(args.prompt, end="", flush=True)
-    start, count, new = time.perf_counter(), 0, []
-    for new in generate(model, prompt, args.num_samples, args.max_new_tokens, tokenizer.eos_ids,
-                        pick):
-        for s, i in enumerate(new):
-            if i is not None and i not in tokenizer.eos_ids:
-                text = streams[s].add(i)
-                texts[s] += text
-                if s == 0:
-                    print(text, end="", flush=True)
-        count += sum(i is not None for i in new)
-    seconds = time.perf_counter() - start
-    print(streams[0].add(None, last=True))
-    for stream, text in zip(streams[1:], texts[1:]):
-        print("---", text + stream.add(None, last=True), sep="\n")
-    cut = (args.max_new_tokens > model.config.context - len(prompt)
-           and any(i is not None and i not in tokenizer.eos_ids for i in new))
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s, the prompt included"
-          + (f"; stopped where the context of {model.config.context} is full" if cut else ""),
-          file=sys.stderr)
+    decoder = decoder_of(model)
+    print(f"{folder}: {count(model):,} parameters in {size_of(model) / 1e6:,.1f} MB, "
+          f"{args.quantize or str(model.embed.weight.dtype)[6:]}, {generator.device}"
+          + ", compiled" * (decoder.fast is not model), file=sys.stderr)
+    if args.draft:
+        follow = partial(speculate, decoder, decoder_of(load_draft(args, tokenizer)), args.guesses,
+                         how=how, generator=generator, counts=counts)
+    else:
+        follow = partial(generate, decoder, pick=partial(choose, **how, generator=generator))
+    first, steps = [], 0
+
+    def timed(prompts):
+        nonlocal steps
+        for new in follow(prompts, n=n, max_new_tokens=args.max_new_tokens,
+                          eos_ids=tokenizer.eos_ids):
+            first.append(time.perf_counter())
+            steps += max(map(len, new))
+            yield new
+
+    start = time.perf_counter()
+    if args.prompts is None:
+        taken = print_stream(timed, *prompts[0], n, tokenizer)
+    else:
+        taken = print_lines(timed, prompts, at_once, n, tokenizer)
+    seconds, tokens = time.perf_counter() - start, sum(map(len, taken))
+    full = sum(len(ids) < args.max_new_tokens and ids[-1] not in tokenizer.eos_ids for ids in taken)
+    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; the first after "
+          f"{first[0] - start:.2f} s" + f"; {full} stopped where the context of {context} is full"
+          * (full > 0), file=sys.stderr)
+    if args.draft and counts[0]:
+        report((steps - 1) / (first[-1] - first[0]), counts, decoder)
+    if lost:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -316,8 +316,8 @@ def test_rope_depends_only_on_distance():
     q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
 
     def score(i, j):
-        return (rotate(q, *rotary(i, i + 1, 64, 1e4, "cpu"))
-                * rotate(k, *rotary(j, j + 1, 64, 1e4, "cpu"))).sum()
+        return (rotate(q, *rotary(torch.tensor([i]), 64, 1e4))
+                * rotate(k, *rotary(torch.tensor([j]), 64, 1e4))).sum()
 
     for distance in (0, 1, 7, 300):
         scores = torch.stack([score(j + distance, j) for j in (0, 5, 1000, 1700)])
@@ -331,7 +331,7 @@ def test_rotation_stays_exact_in_bf16():
     rounded before they are used."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 4, 64)
-    cos, sin = rotary(2040, 2044, 64, 1e4, "cpu")
+    cos, sin = rotary(torch.arange(2040, 2044), 64, 1e4)
     exact, rounded = rotate(x, cos, sin), rotate(x.bfloat16(), cos, sin)
     assert cos.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 2 ** -7 * x.abs().max()

@@ -56,8 +56,8 @@ from tqdm import tqdm
 
 from config import load
 from data import DataError, Source, counts, parse_stages, sequences
-from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf,
-                   flash_attn_func, hf_name, read_json, safetensors_files, write_json)
+from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf, find_device,
+                   find_dtype, flash_attn_func, hf_name, read_json, safetensors_files, write_json)
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,6 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
               "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def find_device():
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def name_of(device):
     """What it is called, for people."""
     return (torch.cuda.get_device_name() if device.type == "cuda"
@@ -202,12 +198,7 @@ def choose_dtype(cfg, device):
     """(dtype of the computation, why)."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the GPU has it"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                 or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16, "the CPU has it"
-    return torch.float32, f"this {device.type} has no bfloat16 of its own"
+    return find_dtype(device)
 
 
 def choose_compile(cfg, device, flops):
