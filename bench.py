@@ -8,8 +8,9 @@
     python bench.py generate --peers    transformers and llama.cpp on the same weights
     python bench.py generate CHECKPOINT --quality              what int8 and int4 cost
 
-What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each measurement has a
-process to itself, so that none profits from what another one compiled, cached or allocated.
+What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each
+measurement has a process to itself, so that none profits from what another one compiled, cached or
+allocated.
 Machines are shared and clocks wander: only ratios within one run mean anything, and what is
 compared is measured twice, in turns.
 
@@ -130,16 +131,16 @@ def in_own_process(function, *args):
 # --------------------------------------------------------------------------------------------------
 # Training: each optimization, and how to do without it
 
-def attention_by_definition(q, k, v):
+def attention_by_definition(q, k, v, mask=None):
     """All scores at once, and keys and values repeated for their query heads."""
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(mask, -math.inf)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
     return scores.softmax(-1).type_as(q) @ v
 
 
-def attention_by_sdpa(q, k, v):
+def attention_by_sdpa(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
@@ -732,40 +733,52 @@ def random_model(out):
     return out
 
 
+def generation_peers(batch):
+    """{name: how it is measured} of those that are installed."""
+    peers = {}
+    for name, packages, measure in (
+            ("transformers", ["transformers"], measure_transformers_generation),
+            ("llama_cpp", ["llama_cpp", "gguf"], measure_llama_cpp)):
+        lacking = [package for package in packages if not find_spec(package)]
+        if lacking:
+            print(f"left out: {name}: {lacking[0]} is not installed")
+        elif name == "llama_cpp" and batch > 1:
+            print(f"left out: {name} is measured with one text")
+        else:
+            peers[name] = measure
+    return peers
+
+
 def bench_generate(args):
-    device = find_device()
-    dtype, why = find_dtype(device)
     if args.quality:
         return bench_quality(args)
-    peers = {}
-    if args.peers:
-        for name, packages, measure in (
-                ("transformers", ["transformers"], measure_transformers_generation),
-                ("llama_cpp", ["llama_cpp", "gguf"], measure_llama_cpp)):
-            lacking = [package for package in packages if not find_spec(package)]
-            if lacking or (name == "llama_cpp" and args.batch > 1):
-                print(f"left out: {name}: " + (f"{lacking[0]} is not installed" if lacking else
-                                               "it is measured with one row"))
-            else:
-                peers[name] = measure
+    for name in "batch", "prompt", "tokens":
+        if getattr(args, name) < 1 + 2 * (name == "tokens"):
+            sys.exit(f"--{name} must be above {2 * (name == 'tokens')}, got {getattr(args, name)}")
+    source = find_model(args.checkpoint) if args.checkpoint else None
+    config = (model.config_from_hf(model.read_json(source / "config.json")) if source
+              else model.ModelConfig())
+    if args.prompt + args.tokens > config.context:
+        sys.exit(f"--prompt={args.prompt} and --tokens={args.tokens} are more than the context of "
+                 f"{config.context}")
+    device, peers = find_device(), generation_peers(args.batch) if args.peers else {}
+    dtype, why = find_dtype(device)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        source = find_model(args.checkpoint) if args.checkpoint else random_model(folder)
+        source = source or random_model(folder)
         if "llama_cpp" in peers:
             in_own_process(write_gguf, source, folder)
         limit = in_own_process(read_limit, device)
-        print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]} ({why}): reads "
-              f"{limit / 1e9:.1f} GB/s; {args.batch} rows behind {args.prompt} tokens")
-        runs = {}
-        for _ in range(2):                                                          # in turns
-            for quantize in args.precisions:
-                for name, measure in {"ours": measure_generation, **peers}.items():
-                    if name == "transformers" and quantize:
-                        continue
-                    where = folder if name == "llama_cpp" else source
-                    runs.setdefault((quantize, name), []).append(in_own_process(
-                        measure, where, quantize, args.batch, args.prompt, args.tokens,
-                        args.compile == "True"))
+        print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]} ({why}), "
+              f"reads {limit / 1e9:.1f} GB/s; {args.batch} texts behind {args.prompt} tokens")
+        jobs = [(quantize, name, measure) for quantize in args.precisions
+                for name, measure in {"ours": measure_generation, **peers}.items()
+                if name != "transformers" or not quantize]
+        runs = {job[:2]: [] for job in jobs}
+        for quantize, name, measure in tqdm(jobs * 2, desc="measuring"):            # in turns
+            runs[quantize, name].append(in_own_process(
+                measure, folder if name == "llama_cpp" else source, quantize, args.batch,
+                args.prompt, args.tokens, args.compile == "True"))
     return tell(runs, args, str(dtype)[6:], limit, in_own_process(read_limit, device))
 
 

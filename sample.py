@@ -131,8 +131,7 @@ def size_of(model):
 # --------------------------------------------------------------------------------------------------
 # Weights that are only read
 
-FEW = 8             # rows, up to which a product takes no longer than reading its weight
-STREAMS = 2         # places of a weight that are read at once
+STREAMS = 4         # places of a weight that are read at once
 GROUP = 64          # weights of int4 that share a scale
 
 
@@ -165,6 +164,8 @@ class Weight(nn.Module):
     all of it, and they turn int8 and int4 into floats on the way.
     """
 
+    few = 2          # rows, up to which the sums are faster
+
     def __init__(self, weight):
         super().__init__()
         self.dtype = weight.dtype
@@ -183,7 +184,7 @@ class Weight(nn.Module):
 
     def forward(self, x):
         shape = x.shape[:-1]
-        if shape.numel() > FEW or not torch.compiler.is_compiling():
+        if shape.numel() > self.few or not torch.compiler.is_compiling():
             return self.product(x.to(self.dtype))
         x = x.float().reshape(shape.numel(), -1)
         # the compiler does not see through as_strided: it computes x once, and not, say, the norm
@@ -194,6 +195,8 @@ class Weight(nn.Module):
 
 class Int8(Weight):
     """Each row of the weight in whole numbers from -127 to 127, times a scale."""
+
+    few = 8          # as a product of matrices must first turn all of them into floats
 
     def store(self, weight):
         weight = weight.float()
@@ -213,6 +216,8 @@ class Int4(Weight):
     """GROUP neighbours of a row in whole numbers from -8 to 7, times a scale that makes the largest
     of them -8. A byte holds one of the first half of a group, plus 8, and 16 times one of the
     second half."""
+
+    few = 8
 
     def store(self, weight):
         O, I = weight.shape
@@ -345,6 +350,13 @@ class Decoder:
             graph.replay()
         return logits[..., :self.vocabulary].float()
 
+    @torch.inference_mode()
+    def warm(self, T):
+        """Takes a step of T tokens for nothing, so that the next ones find it compiled. The rows
+        are to be read after this."""
+        self.step(torch.zeros(len(self.cache.length), T, dtype=torch.long,
+                              device=self.cache.length.device)).sum().item()
+
     def capture(self, given):
         """A CUDA graph of one step: hundreds of kernels that are started by a single call. (It,
         where it takes its ids, where it leaves its logits.)"""
@@ -466,7 +478,7 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
             q.append(chances(draft.step(rows[-1])[:, -1]))
             rows.append(draw(q[-1], generator))
         draft.step(rows[-1])                                 # the draft reads its last guess, too
-        p = chances(decoder.step(torch.cat(rows, 1)))                             # (R, guesses+1, V)
+        p = chances(decoder.step(torch.cat(rows, 1)))                             # (R, k + 1, V)
         guessed = torch.cat(rows[1:], 1)                                          # (R, guesses)
         q = torch.stack([*q, torch.zeros_like(q[0])], 1)     # nothing is guessed behind the last
         pq = [t[:, :-1].gather(2, guessed[..., None])[..., 0] for t in (p, q)]
@@ -619,15 +631,11 @@ def load_draft(args, tokenizer):
 
 
 def report(rate, counts, decoder):
-    """Says what a draft was worth, at `rate` steps a second with it."""
-    def step():
-        decoder.step(torch.zeros(len(decoder.cache.length), 1, dtype=torch.long,
-                                 device=decoder.cache.length.device)).sum().item()
-
+    """Says what a draft was worth, with which a row got `rate` tokens a second."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()
-        step()
+        decoder.warm(1)
         taken.append(time.perf_counter() - start)
     print(f"the draft: {counts[1]} of {counts[0]} guesses stayed, {counts[1] / counts[0]:.0%}; "
           f"{rate * min(taken):.2f} times as fast as without", file=sys.stderr)
@@ -662,21 +670,24 @@ def main(argv):
 
     decoder = decoder_of(model)
     print(f"{folder}: {count(model):,} parameters in {size_of(model) / 1e6:,.1f} MB, "
-          f"{args.quantize or str(model.embed.weight.dtype)[6:]}, {generator.device}"
-          + ", compiled" * (decoder.fast is not model), file=sys.stderr)
+          f"{args.quantize or str(model.embed.weight.dtype)[6:]}, {generator.device}",
+          file=sys.stderr)
     if args.draft:
         follow = partial(speculate, decoder, decoder_of(load_draft(args, tokenizer)), args.guesses,
                          how=how, generator=generator, counts=counts)
     else:
         follow = partial(generate, decoder, pick=partial(choose, **how, generator=generator))
-    first, steps = [], 0
+    if decoder.fast is not model:
+        start = time.perf_counter()
+        decoder.warm(args.guesses + 1 if args.draft else 1)
+        print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    marks, steps = [], []
 
     def timed(prompts):
-        nonlocal steps
         for new in follow(prompts, n=n, max_new_tokens=args.max_new_tokens,
                           eos_ids=tokenizer.eos_ids):
-            first.append(time.perf_counter())
-            steps += max(map(len, new))
+            marks.append(time.perf_counter())
+            steps.append(max(map(len, new)))
             yield new
 
     start = time.perf_counter()
@@ -687,10 +698,10 @@ def main(argv):
     seconds, tokens = time.perf_counter() - start, sum(map(len, taken))
     full = sum(len(ids) < args.max_new_tokens and ids[-1] not in tokenizer.eos_ids for ids in taken)
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; the first after "
-          f"{first[0] - start:.2f} s" + f"; {full} stopped where the context of {context} is full"
+          f"{marks[0] - start:.2f} s" + f"; {full} stopped where the context of {context} is full"
           * (full > 0), file=sys.stderr)
-    if args.draft and counts[0]:
-        report((steps - 1) / (first[-1] - first[0]), counts, decoder)
+    if len(marks) > 2 and args.draft:
+        report(sum(steps[2:]) / (marks[-1] - marks[1]), counts, decoder)
     if lost:
         sys.exit(3)
 

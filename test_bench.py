@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ import model
 import prepare
 import train
 from bench import OPTIMIZATIONS, cannot, do_without, flops_of, ladder, main, measure_training
+from data import Source
 from train import TrainConfig, World
 
 HERE = Path(__file__).parent
@@ -215,3 +217,94 @@ def test_transformers_is_measured_too(capfd):
     theirs, = re.findall(r"^transformers, .*: ([\d,]+) tokens/s", out, re.M)
     assert found["ratio_to_transformers"] == pytest.approx(
         found["tokens_per_second"] / int(theirs.replace(",", "")), rel=0.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder of a model whose widths suit every peer."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    llama = model.Llama(model.ModelConfig(n_layer=2, d_model=64, n_head=4, n_kv_head=2, d_ff=192,
+                                          vocab_size=256, context=96))
+    llama.init_weights().bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Without processes of their own, which take seconds each to start."""
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench, "read_limit", lambda device: 1e10)
+
+
+def test_generation_is_measured(small, here, capfd):
+    """Bytes that a step reads, by hand; a share of the limit that follows from them; and the first
+    rate is that of the weights as they are."""
+    main(["generate", str(small), "--prompt=20", "--tokens=9", "--compile=False", "--batch=3"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    size = torch.finfo(model.find_dtype(model.find_device())[0]).bits // 8
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192) + 256 * 64
+    rows = 2 * (64 * 2 + 32 * 2 + 2 * 192 + 64) + 256
+    cache = 2 * 2 * 3 * 2 * 256 * 16 * size
+    full, int8, int4 = found["results"].values()
+    assert full["bytes_per_step"] == size * weights + cache
+    assert int8["bytes_per_step"] == weights + 4 * rows + cache
+    assert int4["bytes_per_step"] == weights // 2 + 4 * weights // 64 + cache
+    assert found["tokens_per_second"] == full["tokens_per_second"] > 0
+    for row in full, int8, int4:
+        seconds = 3 / row["tokens_per_second"]
+        assert row["share"] == pytest.approx(row["bytes_per_step"] / seconds / 1e10)
+
+
+def test_transformers_reads_the_same_weights(small):
+    """A ratio to a peer that computes something else is no ratio."""
+    ours, theirs = (measure(small, None, 1, 20, 3, False) for measure in (
+        bench.measure_generation, bench.measure_transformers_generation))
+    assert len(theirs["steps"]) == 2 and min(theirs["steps"]) > 0
+    assert np.linalg.norm(ours["logits"] - theirs["logits"]) < 0.02 * np.linalg.norm(ours["logits"])
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_the_same_weights(small, tmp_path):
+    """Rows of q and k in the wrong order, or a name that means another layer, give other logits."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    bench.write_gguf(small, tmp_path)
+    for quantize, most in (None, 0.02), ("int8", 0.05), ("int4", 0.6):
+        ours = bench.measure_generation(small, quantize, 1, 20, 3, False)["logits"]
+        theirs = bench.measure_llama_cpp(tmp_path, quantize, 1, 20, 3, False)["logits"]
+        assert np.linalg.norm(ours - theirs) < most * np.linalg.norm(ours)
+
+
+def test_quality_is_measured(small, here, tmp_path, capfd):
+    """Bits per byte as train.py counts them, for the weights as they are."""
+    bench.random_source(tmp_path, CFG)
+    info = json.loads((tmp_path / "source.json").read_text())
+    (tmp_path / "source.json").write_text(json.dumps({"val": info["train"]}))
+    (tmp_path / "train_00000.bin").rename(tmp_path / "val_00000.bin")
+    source = Source(tmp_path, "val", 96)
+    main(["generate", str(small), "--quality", f"--data={tmp_path}", "--eval_tokens=300"])
+    results = json.loads(capfd.readouterr().out.splitlines()[-1])["results"]
+    full, int8, int4 = results.values()
+    llama = model.Llama.from_pretrained(small).eval()
+    nats = np.mean([llama(torch.from_numpy(w[None, :-1]), torch.from_numpy(w[None, 1:])).item()
+                    for w in (source.window(i * source.windows // 3) for i in range(3))])
+    bits, = full["bits_per_byte"].values()
+    assert bits == pytest.approx(nats / np.log(2), rel=1e-3)         # a token a byte in this source
+    assert full["distance"] == 0 and full["agreement"] == 1
+    assert 0 < int8["distance"] < 0.05 < int4["distance"] < 1
+    assert full["stored"] > int8["stored"] > int4["stored"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--quality"], "needs a trained CHECKPOINT"), (["absent", "--quality"], "needs texts"),
+    (["absent"], "there is no folder absent"), (["--precisions=int3"], "none of full, int8, int4"),
+    (["--prompt=2000"], "are more than the context of 2048"), (["--batch=0"], "must be above 0")])
+def test_bad_input_of_generate_is_named(argv, words, capsys):
+    """Ten minutes of measuring must not end in a stack trace."""
+    with pytest.raises((SystemExit, model.ModelError)) as error:
+        main(["generate", *argv])
+    assert words in str(error.value) + capsys.readouterr().err

@@ -358,22 +358,48 @@ def test_cached_equals_full(cuts):
     with a cache."""
     model, idx = tiny(), tokens()
     cache = KVCache(model.config, 2, 24)
-    place = cache.k.data_ptr()
+    place = cache.layers[1][0].data_ptr()
     parts = [model(part, cache=cache) for part in idx.split(cuts, dim=1)]
     assert_close(torch.cat(parts, 1), model(idx))
-    assert cache.length == 20 and cache.k.data_ptr() == place and cache.size == 24
+    assert cache.length == 20 and cache.layers[1][0].data_ptr() == place and cache.size == 24
 
 
-def test_a_repeated_cache_is_each_row_again():
-    """Samples of one prompt share its keys; they must not share what they write afterwards."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_each_row_has_its_own_length(dtype, tolerance):
+    """Rows of different length in one cache: a mask of the longest shows the others what is not
+    theirs, and a position of the longest rotates them too far."""
+    model, idx = tiny().to(dtype), tokens(3, 20)
+    cache, lengths = KVCache(model.config, 3, 32, dtype=dtype), [3, 11, 7]
+    for b, n in enumerate(lengths):
+        model(idx[b:b + 1, :n], cache=cache.row(b))
+    for k, v in cache.layers:                                    # what is behind must not be seen
+        for b, n in enumerate(lengths):
+            k[b, :, n:], v[b, :, n:] = 9, 9
+    cache.length = torch.tensor(lengths)
+    steps = [torch.stack([idx[b, n + t:n + t + m] for b, n in enumerate(lengths)])
+             for t, m in ((0, 1), (1, 4), (5, 1))]
+    given = torch.cat([model(step, cache=cache) for step in steps], 1)           # (3, 6, V)
+    for b, n in enumerate(lengths):
+        right = model(idx[b:b + 1])[0, n:n + 6]
+        assert (given[b] - right).abs().max() < tolerance * right.abs().max()
+    assert cache.length.tolist() == [n + 6 for n in lengths]
+
+
+def test_a_row_that_has_ended_may_be_stepped_on():
+    """Behind its end it would write into nowhere, or into its neighbour."""
     model, idx = tiny(), tokens()
-    cache = KVCache(model.config, 2, 20)
-    model(idx[:, :12], cache=cache)
-    copies = cache.repeat(3)
-    after = tokens(6, 8, seed=3)
-    rows = torch.cat((idx[:, :12].repeat_interleave(3, 0), after), 1)
-    assert_close(model(after, cache=copies), model(rows)[:, 12:])
-    assert_close(model(idx[:, 12:], cache=cache), model(idx)[:, 12:])
+    cache = KVCache(model.config, 2, 12)
+    model(idx[:1, :4], cache=cache.row(0))
+    model(idx[1:, :12], cache=cache.row(1))
+    cache.length = torch.tensor([4, 12])
+    given = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(4, 10)], 1)
+    assert_close(given[0], model(idx[:1])[0, 4:10])
+
+
+def test_the_last_logits_alone():
+    """What generation needs of a prompt, at a fraction of the head's cost."""
+    model, idx = tiny(), tokens()
+    assert_close(model(idx, last=True), model(idx)[:, -1:])
 
 
 def test_a_full_cache_says_so():

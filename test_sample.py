@@ -13,7 +13,8 @@ import torch
 import sample
 from model import Llama, ModelConfig, ModelError
 from prepare import train_tokenizer, write_tokenizer
-from sample import Stream, Tokenizer, choose, find_model, generate, load_model
+from sample import (STORED, Decoder, Int4, Int8, Stream, Tokenizer, choose, find_model, generate,
+                    keep, likeliest, load_model, only_read, repays, speculate)
 from test_prepare import AWKWARD, TEXT
 
 HERE = Path(__file__).parent
@@ -45,11 +46,27 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return load_model(folder)
+    return load_model(folder, dtype=torch.float32)
 
 
 def greedy(logits):
     return logits.argmax(-1)
+
+
+def decoder(model, rows=1, **options):
+    return Decoder(model, rows, model.config.context, model.config.vocab_size, **options)
+
+
+def texts_of(steps):
+    """The ids of each row, of what generate or speculate yields."""
+    return [sum(row, []) for row in zip(*steps)]
+
+
+def tiny(seed, **shape):
+    torch.manual_seed(seed)
+    config = ModelConfig(**dict(n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80,
+                                vocab_size=320, context=64) | shape)
+    return only_read(Llama(config).init_weights())
 
 
 @pytest.fixture
@@ -84,28 +101,116 @@ def test_what_was_learned_is_recited(folder, prompt):
     assert "tokens/s" in done.stderr
 
 
-def test_generation_equals_the_uncached_loop(loaded):
-    """Token by token: a cache that is off by one position still talks, only worse."""
+PROMPTS = ["dog and fox", "", "The quick brown fox jumps over the lazy dog", "lazy"]
+
+
+@pytest.fixture(scope="module")
+def right(loaded):
+    """What follows each of PROMPTS, by the plainest loop: 20 times all over again, no cache."""
     model, tokenizer = loaded
-    prompt = [1, *tokenizer.encode("dog and fox")]
-    new = [ids[0] for ids in generate(model, prompt, 1, 40, set(), greedy)]
-    ids = list(prompt)
+    prompts = [[1, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    texts = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(20):
+                ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        texts.append(ids[len(prompt):])
+    assert len({tuple(text) for text in texts}) == 4 and len(set(texts[0])) > 5
+    return prompts, texts
+
+
+def test_generation_equals_the_uncached_loop(loaded, right):
+    """Token by token: a cache that is off by one position still talks, only worse."""
+    for prompt, text in zip(*right):
+        assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
+
+
+def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
+    """Rows of other lengths, several samples, another batch before in the same cache: each has
+    once shifted somebody's positions."""
+    prompts, texts = right
+    many = decoder(loaded[0], 8)
+    assert texts_of(generate(many, prompts, 2, 20, set(), greedy)) == [
+        text for text in texts for _ in range(2)]
+    back = texts_of(generate(many, prompts[::-1] * 2, 1, 20, set(), greedy))
+    assert back == texts[::-1] * 2
+
+
+def test_a_prompt_may_come_in_chunks(loaded, right, monkeypatch):
+    """The second part of a prompt continues the first."""
+    monkeypatch.setattr(sample, "CHUNK", 5)
+    for prompt, text in zip(*right):
+        assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
+
+
+@pytest.mark.parametrize("guesses", [1, 4, 7])
+@pytest.mark.parametrize("who", ["itself", "a stranger", "nearly"])
+def test_a_draft_changes_no_text(loaded, right, who, guesses):
+    """Whatever the draft says, greedy text is the model's own: a cache that keeps a guess which was
+    refused, or one that misses the last guess, talks on from there."""
+    model, _ = loaded
+    drafts = {"itself": model, "a stranger": tiny(5), "nearly": tiny(1)}
+    if who == "nearly":
+        weights = {k: v + 0.02 * torch.randn_like(v) if v.is_floating_point() else v
+                   for k, v in model.state_dict().items()}
+        drafts[who].load_state_dict(weights)
+    prompts, texts = right
+    counts = [0, 0]
+    given = texts_of(speculate(decoder(model, 4), decoder(drafts[who], 4), guesses, prompts, 1, 20,
+                               set(), {"temperature": 0}, None, counts))
+    assert given == texts
+    share = counts[1] / counts[0]
+    assert share == 1 if who == "itself" else share < 0.2 if who == "a stranger" else 0 < share < 1
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.6},
+                                 {"temperature": 1.3, "top_k": 4, "top_p": 0.8}])
+def test_a_draft_changes_no_chance(how, monkeypatch):
+    """Pairs of tokens come as often as the model says, drawn with a draft that thinks otherwise:
+    one that accepts too readily, or draws again from the wrong rest, tilts the distribution."""
+    monkeypatch.setattr(sample, "ROUND", 8)                  # 20,000 rows of cache
+    n, V = 20_000, 6
+    model, draft = (tiny(seed, n_layer=1, vocab_size=V, d_model=32, n_head=2, n_kv_head=1, d_ff=32,
+                         context=8) for seed in (1, 2))
+    for m in (model, draft):
+        m.head.weight *= 2
+
+    def exact(logits):
+        p, ids = likeliest(logits, **how)
+        return torch.zeros(V).scatter(0, ids, p / p.sum())
+
     with torch.no_grad():
-        for _ in range(40):
-            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert new == ids[len(prompt):] and len(set(new)) > 5
+        first = exact(model(torch.tensor([[1]]))[0, -1])
+        pairs = torch.stack([first[i] * exact(model(torch.tensor([[1, i]]))[0, -1])
+                             for i in range(V)])
+        triples = torch.stack([torch.stack([pairs[i, j] * exact(model(
+            torch.tensor([[1, i, j]]))[0, -1]) for j in range(V)]) for i in range(V)])
+    generator, counts = torch.Generator().manual_seed(3), [0, 0]
+    drawn = torch.tensor(texts_of(speculate(decoder(model, n), decoder(draft, n), 2, [[1]], n, 3,
+                                            set(), how, generator, counts)))
+    assert drawn.shape == (n, 3) and 0.1 < counts[1] / counts[0] < 0.9
+    places = (drawn * torch.tensor([V * V, V, 1])).sum(1)
+    found = torch.bincount(places, minlength=V ** 3).view(V, V, V) / n
+    assert (found[triples == 0] == 0).all()
+    sigma = (triples * (1 - triples) / n).sqrt()
+    assert ((found - triples).abs() <= 5 * sigma + 1e-9).all()
+    # the comparison sees what it is for: were it the draft's distribution, it would fail
+    with torch.no_grad():
+        other = exact(draft(torch.tensor([[1]]))[0, -1])
+    assert (other - first).abs().max() > 0.05
 
 
-def test_the_prompt_is_run_once_for_many_samples(loaded, monkeypatch):
+def test_the_prompt_is_run_once_for_many_samples(loaded):
     """n samples cost one prompt; greedy, all are the one."""
     model, tokenizer = loaded
     prompt, calls = [1, *tokenizer.encode("lazy")], []
     hook = model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
-    many = list(generate(model, prompt, 3, 9, set(), greedy))
+    many = texts_of(generate(decoder(model, 3), [prompt], 3, 9, set(), greedy))
     hook.remove()
-    one = list(generate(model, prompt, 1, 9, set(), greedy))
+    one = texts_of(generate(decoder(model), [prompt], 1, 9, set(), greedy))
     assert calls == [(1, len(prompt))] + [(3, 1)] * 8
-    assert many == [ids * 3 for ids in one]
+    assert many == one * 3
 
 
 def test_each_sample_ends_for_itself(loaded):
@@ -113,16 +218,137 @@ def test_each_sample_ends_for_itself(loaded):
     more is computed."""
     model, _ = loaded
     script = iter([[5, 6, 7], [2, 6, 7], [9, 2, 7], [9, 9, 2], [9, 9, 9]])
-    given = list(generate(model, [1], 3, 10, {2}, lambda logits: torch.tensor(next(script))))
-    assert given == [[5, 6, 7], [2, 6, 7], [None, 2, 7], [None, None, 2]]
+    given = list(generate(decoder(model, 3), [[1]], 3, 10, {2},
+                          lambda logits: torch.tensor(next(script))))
+    assert given == [[[5], [6], [7]], [[2], [6], [7]], [[], [2], [7]], [[], [], [2]]]
 
 
 def test_generation_stops_at_the_context(loaded):
     """Beyond it the model has never seen a position."""
     model, _ = loaded
-    assert len(list(generate(model, [1] * 60, 1, 100, set(), greedy))) == 4
-    assert len(list(generate(model, [1] * 60, 1, 3, set(), greedy))) == 3
+    for room, most in ((4, 100), (3, 3)):
+        one, = texts_of(generate(decoder(model), [[1] * 60], 1, most, set(), greedy))
+        with_draft, = texts_of(speculate(
+            Decoder(model, 1, 64 + 6, 320), Decoder(model, 1, 64 + 6, 320), 5, [[1] * 60], 1, most,
+            set(), {"temperature": 0}, None))
+        assert len(one) == room and with_draft == one
 
+
+def test_what_comes_behind_an_end_is_dropped():
+    """Guesses go on behind EOS, and behind the room that is left."""
+    left = [9, 9, 2, 0]
+    assert keep([[5, 2, 7], [5, 6], [5, 6, 7], [5]], left, {2}) == [[5, 2], [5, 6], [5, 6], []]
+    assert left == [0, 7, 0, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights that are only read
+
+@pytest.mark.parametrize("kind", [*STORED])
+@pytest.mark.parametrize("O, I", [(7, 48), (64, 256), (33, 5632), (6, 4098), (5, 16384), (3, 10)])
+def test_sums_are_the_product(kind, O, I):
+    """What is compiled for few rows and what runs for many are two programs for one product: sizes
+    that no group or lane divides, and rows of more than 4,096, each have a path of their own."""
+    torch.manual_seed(0)
+    layer, x = STORED[kind](torch.randn(O, I)), torch.randn(3, I)
+    right = layer.product(x)
+    assert torch.stack([layer.times(row) for row in x]).sub(right).abs().max() < 1e-5 * I ** 0.5
+    assert layer(x).equal(right) and layer(x[None]).shape == (1, 3, O)
+
+
+def test_rounding_is_to_the_nearest():
+    """A scale for the wrong row or group, halves of a byte exchanged: half a step is what rounding
+    may take, and the largest of a group of int4, which is -8 steps, is exact."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 192) * torch.logspace(-3, 1, 12)[:, None]
+    weight[3] = 0
+    for layer in Int8(weight), Int4(weight):
+        found = layer.product(torch.eye(192)).T
+        step = layer.scale.abs().reshape(12, -1, 1)
+        away = (found - weight).view(12, step.shape[1], -1).abs()
+        most = 0.501 if isinstance(layer, Int8) else 1.001       # int4 has no 8, where it has a -8
+        assert (away <= step * most).all() and (away <= step * 0.501).float().mean() > 0.98
+        assert (found[3] == 0).all()
+    groups = weight.view(12, 3, 64)
+    largest = groups.abs().argmax(2, keepdim=True)
+    assert found.view(12, 3, 64).gather(2, largest).allclose(groups.gather(2, largest), rtol=1e-5)
+
+
+def test_quantized_logits_are_near(folder, loaded):
+    """Within a hundredth for int8 on a text that the model knows; int4 has 16 steps, not 255."""
+    model, tokenizer = loaded
+    ids = torch.tensor([[1, *tokenizer.encode(VERSE)]])
+    right = model(ids)
+
+    def away(kind):
+        given = load_model(folder, kind, torch.float32)[0](ids)
+        return ((given - right).norm() / right.norm()).item()
+
+    assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
+
+
+def test_a_tied_model_is_quantized_too(tmp_path):
+    """Its head has no weight of its own."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff=64, vocab_size=100,
+                              context=32, tie_embeddings=True)).init_weights()
+    ids = torch.arange(10)[None]
+    right = model(ids)
+    assert torch.allclose(only_read(model)(ids), right, atol=1e-5)
+    assert isinstance(only_read(Llama(model.config).init_weights(), "int8").head, Int8)
+
+
+def test_large_pages_hold_the_same():
+    """A view that is short by a page, or of memory that is gone, reads what others wrote."""
+    tensor = torch.randn(700, 1100)
+    copied = sample.in_large_pages(tensor)
+    assert tensor.nbytes > 2 ** 21 and copied.equal(tensor)
+    small = torch.ones(3)
+    assert sample.in_large_pages(small) is small
+
+
+def test_compilation_where_it_comes_back():
+    """Three seconds to the first token of the demo, and no minute at a token a second."""
+    with torch.device("meta"):
+        small, large = tiny(0), only_read(Llama(ModelConfig()))
+    assert not repays(large, None, 10 ** 5)                          # neither a CPU nor a GPU
+    small.embed.weight = large.embed.weight = torch.empty(1)
+    for model, kind, steps, wanted in ((small, None, 200, False), (small, "int4", 200, False),
+                                       (large, None, 200, True), (large, None, 20, False),
+                                       (large, "int8", 20, True), (large, "int8", 2, False)):
+        assert repays(model, kind, steps) == (wanted and bool(shutil.which("g++")))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+@pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow),
+                                  pytest.param("int4", marks=pytest.mark.slow)])
+def test_compiled_text_is_the_same(folder, kind):
+    """The compiled step is another program, with sums in place of products."""
+    model, tokenizer = load_model(folder, kind, torch.float32)
+    prompts = [[1, *tokenizer.encode(prompt)] for prompt in PROMPTS[:2]]
+    plain = texts_of(generate(decoder(model, 2), prompts, 1, 20, set(), greedy))
+    torch._dynamo.reset()
+    fast = decoder(model, 2, compile=True)
+    assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
+    with torch.inference_mode():
+        assert fast.fast is not model
+        ids = torch.tensor([[5], [6]])
+        plain = decoder(model, 2)
+        plain.read(prompts), fast.read(prompts)
+        assert torch.allclose(fast.step(ids), plain.step(ids), atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_graph_is_the_same_as_its_kernels(loaded, right):
+    """A CUDA graph repeats what it has seen: ids or lengths that were copied into it say the same
+    token for ever."""
+    prompts, texts = right
+    assert loaded[0].embed.weight.is_cuda
+    assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
 
 def test_choose_is_the_distribution_it_says():
     """A top-p that drops the token that crosses the line, or a temperature after the cut, is a
@@ -171,7 +397,7 @@ def test_streamed_text_is_the_whole_text(folder):
         ids = tokenizer.encode(text)
         for cut in {0, 1, len(ids) // 2} & set(range(len(ids) + 1)):
             stream = Stream(tokenizer, [1, *ids[:cut]])
-            parts = [stream.add(i) for i in ids[cut:]] + [stream.add(None, last=True)]
+            parts = [stream.add([i]) for i in ids[cut:]] + [stream.add([2], last=True)]
             assert (tokenizer.decode([1, *ids[:cut]]).rstrip("\ufffd") + "".join(parts) == text
                     or "\ufffd" in tokenizer.decode(ids[:cut]))
             assert all("\ufffd" not in part for part in parts)
@@ -242,7 +468,9 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
     (["--prompt=" + "x " * 300], "context of this model 64"),
     (["--temperature=-1"], "temperature must be 0 or above, got -1"), (["--top_p=0"], "top_p"),
     (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"),
-    (["--num_samples=0"], "num_samples")])
+    (["--num_samples=0"], "num_samples"), (["--guesses=0"], "guesses"), (["--batch=0"], "batch"),
+    (["--prompt=a", "--prompts=b"], "exclude one another"), (["--prompts=absent"], "absent cannot"),
+    (["--draft=absent"], "no folder absent")])
 def test_bad_arguments_are_refused(arguments, words, run, folder):
     """A negative temperature would prefer the least likely token, without a word."""
     done = run(folder, *arguments)
@@ -254,6 +482,43 @@ def test_samples_by_default(folder):
     count = [sample.parse_args(arguments).num_samples for arguments in (
         [], ["--prompt=x"], ["--temperature=0"], ["--num_samples=2", "--prompt=x"])]
     assert count == [4, 1, 1, 2]
+
+
+def test_many_prompts(run, folder, tmp_path):
+    """One line each, in order, several samples, of the model's text alone; what cannot be used is
+    named, and costs the others nothing."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"Two roads\n\nThe \xff dog\nTwo roads diverged \xe2\x80\x94\r\n"
+                     + b"fox " * 99 + b"\n")
+    for batch, n in ((1, 1), (2, 1), (16, 1), (3, 2), (16, 3)):
+        done = run(folder, f"--prompts={file}", "--temperature=0", f"--batch={batch}",
+                   f"--num_samples={n}")
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["prompt"] for line in lines] == [
+            prompt for prompt in ("Two roads", "", "Two roads diverged —") for _ in range(n)]
+        assert all(line["prompt"] + line["completion"] == VERSE for line in lines)
+        assert "line 3 is left out: the prompt is not UTF-8" in done.stderr
+        assert "line 5 is left out" in done.stderr and "context of this model 64" in done.stderr
+        assert done.returncode == 1                      # 3 where it is a program of its own
+    file.write_bytes(b"\xff\n")
+    assert "has no prompt that can be used" in run(folder, f"--prompts={file}").stderr
+
+
+def test_a_draft_is_used(run, folder, tmp_path):
+    """Its worth is printed; the text is the model's own, and so is the tokenizer."""
+    done = run(folder, "--prompt=Two", "--temperature=0", f"--draft={folder}")
+    assert done.stdout == VERSE + "\n" and "100%" in done.stderr and "times as fast" in done.stderr
+    shutil.copytree(folder, tmp_path / "other")
+    write_tokenizer(tmp_path / "other", train_tokenizer([TEXT * 2, "other words altogether"], 320))
+    refused = run(folder, "--prompt=Two", f"--draft={tmp_path / 'other'}")
+    assert refused.returncode == 1 and "has another tokenizer (320 tokens)" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_model_recites(run, folder, kind):
+    """From any checkpoint, at load."""
+    done = run(folder, "--prompt=Two roads", "--temperature=0", f"--quantize={kind}")
+    assert done.stdout == VERSE + "\n" and kind in done.stderr
 
 
 def test_bad_folders_are_refused(run, folder, tmp_path):
@@ -280,9 +545,11 @@ def test_bad_folders_are_refused(run, folder, tmp_path):
     assert done.returncode == 1 and "no folder" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_closed_pipe_is_no_error(folder):
+def test_a_closed_pipe_is_no_error(folder, tmp_path):
     """python sample.py | head must not end in a stack trace."""
-    command = (f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" '
-               '--max_new_tokens=50 --top_k=0 --num_samples=9 | head -c 1')
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    (tmp_path / "prompts").write_text("Two\n" * 99)
+    for more in "--top_k=0 --num_samples=9", f'--prompts="{tmp_path / "prompts"}" --batch=2':
+        command = (f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" --max_new_tokens=50 '
+                   + more + " | head -c 1")
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
