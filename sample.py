@@ -147,11 +147,12 @@ def in_large_pages(tensor):
 
 def dot(x, w):
     """x (I,) times w (N, I), as the sums (N,) that the compiler turns into one loop. Of more than
-    4,096 numbers it makes a slow one, so they go in pairs."""
+    4,096 numbers it makes a slower one, so that many are then added in pairs first, or in fours."""
     I, n = len(x), 1
     while I > 4096 * n and I % (128 * n) == 0:
         n *= 2
-    x, w = x.view(-1, n, I // n if n == 1 else 64), w.view(len(w), -1, n, I // n if n == 1 else 64)
+    lanes = 64 if n > 1 else I
+    x, w = x.view(-1, n, lanes), w.view(len(w), -1, n, lanes)
     return sum(x[:, k] * w[:, :, k] for k in range(n)).sum((-1, -2))
 
 
@@ -269,9 +270,9 @@ def only_read(model, quantize=None):
     if model.config.tie_embeddings:
         model.head = STORED[quantize](model.embed.weight)
     model.embed = Embedding(model.embed.weight)
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
-            if isinstance(child, Linear):
+    for module in [m for m in model.modules() if not isinstance(m, Linear)]:
+        for name, child in module.named_children():
+            if isinstance(child, Linear):               # which is gone before the next is stored
                 setattr(module, name, STORED[quantize](child.weight))
     return model.eval()
 
@@ -280,7 +281,7 @@ def only_read(model, quantize=None):
 # Steps
 
 CHUNK = 512         # tokens of a prompt that are run at once
-ROUND = 256         # a cache is a multiple of this, so that compiled code is found again
+ROUND = 128         # a cache is a multiple of this, so that compiled code is found again
 
 
 def compiled(model):
@@ -574,8 +575,14 @@ def ids_of(text, tokenizer, context):
     return ids
 
 
-def read_prompts(path, tokenizer, context):
-    """([(prompt, ids), ...], how many lines were left out) of a file, one a line."""
+def read_prompts(args, tokenizer, context):
+    """([(prompt, ids), ...], how many lines were left out) of a file, one a line, or of --prompt."""
+    path = args.prompts
+    if path is None:
+        try:
+            return [(args.prompt or "", ids_of(args.prompt or "", tokenizer, context))], 0
+        except ValueError as error:
+            sys.exit(str(error))
     try:
         lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
@@ -587,6 +594,8 @@ def read_prompts(path, tokenizer, context):
             found.append((text, ids_of(text, tokenizer, context)))
         except ValueError as error:
             print(f"{path}, line {number} is left out: {error}", file=sys.stderr)
+    if not found:
+        sys.exit(f"{path} has no prompt that can be used")
     return found, len(lines) - len(found)
 
 
@@ -621,66 +630,63 @@ def print_lines(follow, prompts, at_once, n, tokenizer):
     return taken
 
 
-def load_draft(args, tokenizer):
-    folder = find_model(args.draft)
-    draft, its = load_model(folder, args.quantize)
+def load_draft(name, quantize, tokenizer):
+    folder = find_model(name)
+    draft, its = load_model(folder, quantize)
     if its.pieces() != tokenizer.pieces() or its.bos_id != tokenizer.bos_id:
         sys.exit(f"the draft {folder} has another tokenizer ({its.size} tokens) than this model "
                  f"({tokenizer.size}): it cannot guess its tokens")
     return draft
 
 
-def report(rate, counts, decoder):
-    """Says what a draft was worth, with which a row got `rate` tokens a second."""
+def worth(rate, counts, decoder):
+    """What a draft was worth, with which a text got `rate` tokens a second, in words."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()
         decoder.warm(1)
         taken.append(time.perf_counter() - start)
-    print(f"the draft: {counts[1]} of {counts[0]} guesses stayed, {counts[1] / counts[0]:.0%}; "
-          f"{rate * min(taken):.2f} times as fast as without", file=sys.stderr)
+    return (f"the draft: {counts[1]} of {counts[0]} guesses stayed, {counts[1] / counts[0]:.0%}; "
+            f"{rate * min(taken):.2f} times as fast as without")
+
+
+def build_decoders(args, model, tokenizer, rows, size, steps):
+    """The decoder of the model and that of its draft, or None; compiled where that repays itself in
+    so many steps."""
+    def build(model, T):
+        compile = (repays(model, args.quantize, steps) if args.compile is None
+                   else args.compile == "True")
+        decoder, start = Decoder(model, rows, size, tokenizer.size, compile), time.perf_counter()
+        if compile:
+            decoder.warm(T)
+            print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        return decoder
+
+    if not args.draft:
+        return build(model, 1), None
+    draft = load_draft(args.draft, args.quantize, tokenizer)
+    return build(model, args.guesses + 1), build(draft, 1)
 
 
 def main(argv):
     args = parse_args(argv)
     folder = find_model(args.checkpoint)
     model, tokenizer = load_model(folder, args.quantize)
-    context, lost = model.config.context, 0
-    if args.prompts is not None:
-        prompts, lost = read_prompts(args.prompts, tokenizer, context)
-    else:
-        try:
-            prompts = [(args.prompt or "", ids_of(args.prompt or "", tokenizer, context))]
-        except ValueError as error:
-            sys.exit(str(error))
-    if not prompts:
-        sys.exit(f"{args.prompts} has no prompt that can be used")
-    n, counts = args.num_samples, [0, 0]
-    at_once = min(len(prompts), max(1, args.batch // n))
-    longest = max(len(ids) for _, ids in prompts)
-    size = min(context, longest + args.max_new_tokens) + args.guesses + 1
-    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    context, n, counts = model.config.context, args.num_samples, [0, 0]
+    prompts, lost = read_prompts(args, tokenizer, context)
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
-
-    def decoder_of(model):
-        steps = -(-len(prompts) // at_once) * min(args.max_new_tokens, context - 1)
-        compile = (repays(model, args.quantize, steps) if args.compile is None
-                   else args.compile == "True")
-        return Decoder(model, at_once * n, size, tokenizer.size, compile)
-
-    decoder = decoder_of(model)
     print(f"{folder}: {count(model):,} parameters in {size_of(model) / 1e6:,.1f} MB, "
           f"{args.quantize or str(model.embed.weight.dtype)[6:]}, {generator.device}",
           file=sys.stderr)
-    if args.draft:
-        follow = partial(speculate, decoder, decoder_of(load_draft(args, tokenizer)), args.guesses,
-                         how=how, generator=generator, counts=counts)
-    else:
-        follow = partial(generate, decoder, pick=partial(choose, **how, generator=generator))
-    if decoder.fast is not model:
-        start = time.perf_counter()
-        decoder.warm(args.guesses + 1 if args.draft else 1)
-        print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+    at_once = min(len(prompts), max(1, args.batch // n))
+    longest = min(context, max(len(ids) for _, ids in prompts) + args.max_new_tokens)
+    decoder, draft = build_decoders(args, model, tokenizer, at_once * n, longest + args.guesses + 1,
+                                    math.ceil(len(prompts) / at_once) * args.max_new_tokens)
+    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    follow = (partial(speculate, decoder, draft, args.guesses, how=how, generator=generator,
+                      counts=counts) if draft else
+              partial(generate, decoder, pick=partial(choose, **how, generator=generator)))
     marks, steps = [], []
 
     def timed(prompts):
@@ -691,17 +697,15 @@ def main(argv):
             yield new
 
     start = time.perf_counter()
-    if args.prompts is None:
-        taken = print_stream(timed, *prompts[0], n, tokenizer)
-    else:
-        taken = print_lines(timed, prompts, at_once, n, tokenizer)
+    taken = (print_stream(timed, *prompts[0], n, tokenizer) if args.prompts is None
+             else print_lines(timed, prompts, at_once, n, tokenizer))
     seconds, tokens = time.perf_counter() - start, sum(map(len, taken))
     full = sum(len(ids) < args.max_new_tokens and ids[-1] not in tokenizer.eos_ids for ids in taken)
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; the first after "
           f"{marks[0] - start:.2f} s" + f"; {full} stopped where the context of {context} is full"
           * (full > 0), file=sys.stderr)
-    if len(marks) > 2 and args.draft:
-        report(sum(steps[2:]) / (marks[-1] - marks[1]), counts, decoder)
+    if draft and len(marks) > 2:
+        print(worth(sum(steps[2:]) / (marks[-1] - marks[1]), counts, decoder), file=sys.stderr)
     if lost:
         sys.exit(3)
 

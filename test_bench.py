@@ -248,7 +248,7 @@ def test_generation_is_measured(small, here, capfd):
     size = torch.finfo(model.find_dtype(model.find_device())[0]).bits // 8
     weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192) + 256 * 64
     rows = 2 * (64 * 2 + 32 * 2 + 2 * 192 + 64) + 256
-    cache = 2 * 2 * 3 * 2 * 256 * 16 * size
+    cache = 2 * 2 * 3 * 2 * 128 * 16 * size
     full, int8, int4 = found["results"].values()
     assert full["bytes_per_step"] == size * weights + cache
     assert int8["bytes_per_step"] == weights + 4 * rows + cache
