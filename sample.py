@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def in_large_pages(tensor):
     if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or tensor.nbytes < 2 ** 21:
         return tensor
     memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):                                        # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
@@ -272,7 +274,7 @@ def only_read(model, quantize=None):
     model.embed = Embedding(model.embed.weight)
     for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         for name, child in module.named_children():
-            if isinstance(child, Linear):               # which is gone before the next is stored
+            if isinstance(child, Linear):       # nothing holds it when the next one is stored
                 setattr(module, name, STORED[quantize](child.weight))
     return model.eval()
 
@@ -302,12 +304,10 @@ def repays(model, quantize, steps):
     """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
     of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
     as without a compiler they are turned into floats as a whole, for each token."""
-    device = model.embed.weight.device.type
-    weights = steps * sum(m.weight.nelement() for m in model.modules() if isinstance(m, Weight))
-    if device == "cuda":
-        return weights > (1e10 if quantize else 1e13)
-    return (device == "cpu" and weights > (1e10 if quantize else 1.5e11)
-            and bool(shutil.which("g++") or shutil.which("clang++")))
+    device, read = model.embed.weight.device.type, steps * count(model)
+    compilers = {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(device, ())
+    return (read > (1e10 if quantize else 1.5e11 if device == "cpu" else 1e13)
+            and any(map(shutil.which, compilers)))
 
 
 class Decoder:
@@ -340,7 +340,8 @@ class Decoder:
         return torch.cat(logits).repeat_interleave(n, 0)[:, :self.vocabulary].float()
 
     def step(self, ids):
-        """Logits (R, T, V) behind each of ids (R, T), which continue the rows."""
+        """Logits (R, T, V) behind each of ids (R, T), which continue the rows; to be used before
+        the next step, as a graph leaves those in the same place."""
         if ids.device.type != "cuda":
             logits = self.fast(ids, cache=self.cache)
         else:
@@ -385,22 +386,28 @@ def likeliest(logits, temperature=1.0, top_k=0, top_p=1.0):
     likeliest alone."""
     V = logits.shape[-1]
     values, ids = logits.float().topk(1 if temperature == 0 else min(top_k or V, V))
-    p = ((values - values[..., :1]) / (temperature or 1)).softmax(-1)
-    p[..., 1:][(p.cumsum(-1) - p)[..., 1:] >= top_p] = 0    # those before it hold enough already
+    p = ((values - values[..., :1]) / max(temperature, 1e-30)).softmax(-1)
+    if top_p < 1:                                            # those before it hold enough already
+        p[..., 1:][(p.cumsum(-1) - p)[..., 1:] >= top_p] = 0
     return p, ids
 
 
 def draw(p, generator=None):
     """Of each row of p (..., V) one place, (..., 1), with a chance in proportion to p: the first to
     ring of alarms at rates p. Nothing waits for the device, as torch.multinomial would."""
-    return (torch.empty_like(p).exponential_(generator=generator).reciprocal_() * p).argmax(
-        -1, keepdim=True)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (n, V), as (n,); see likeliest."""
     p, ids = likeliest(logits, temperature, top_k, top_p)
     return ids.gather(-1, draw(p, generator)).squeeze(-1)
+
+
+def runs_ahead(device):
+    """Whether a device works on its own, so that it should be told its next step before the ids of
+    this one are waited for."""
+    return device.type == "cuda"
 
 
 def on_host(ids):
@@ -439,11 +446,11 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
     """
     context = decoder.model.config.context
     left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
-    ids = pick(decoder.read(prompts, n))
-    ahead = ids.device.type == "cuda"        # its next step is computed while this one's ids travel
-    for k in range(max(left)):
+    ids, most = pick(decoder.read(prompts, n)), max(left)
+    ahead = runs_ahead(ids.device)
+    for k in range(most):
         read = on_host(ids)
-        if ahead and k + 1 < max(left):
+        if ahead and k + 1 < most:
             ids = pick(decoder.step(ids[:, None])[:, -1])
         yield keep([[i] for i in read()], left, eos_ids)
         if not any(left):
@@ -455,8 +462,8 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
 @torch.inference_mode()
 def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how, generator,
               counts=None):
-    """Yields as generate does, but several ids a row and step: the decoder `draft` guesses so many,
-    and `decoder` checks them all in one pass (arXiv 2211.17192).
+    """Yields as generate does, but several ids a row and step: the decoder `draft` makes a number
+    of `guesses`, and `decoder` checks them all in one pass (arXiv 2211.17192).
 
     Where q is the chance that the draft gave its guess and p that of the model, the guess stays
     with chance min(1, p / q); instead of the first that does not, one is drawn from what p has more
@@ -486,7 +493,10 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
         luck = torch.rand(guessed.shape, device=p.device, generator=generator)
         stayed = (luck * pq[1] < pq[0]).cumprod(1).sum(1, keepdim=True)           # (R, 1)
         here = stayed[..., None].expand(-1, 1, p.shape[2])
-        ids = draw((p.gather(1, here) - q.gather(1, here)).clamp_(min=0)[:, 0], generator)
+        p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]                   # (R, V)
+        rest = (p - q).clamp_(min=0)
+        rest = torch.where(rest.any(-1, keepdim=True), rest, p)      # where p is q but for rounding
+        ids = draw(rest, generator)
         for cache in (decoder.cache, draft.cache):           # the rest was never said
             cache.length.copy_(before + stayed[:, 0] + 1)
         new = [g[:k] + i for g, (k,), i in zip(guessed.tolist(), stayed.tolist(), ids.tolist())]
@@ -576,7 +586,7 @@ def ids_of(text, tokenizer, context):
 
 
 def read_prompts(args, tokenizer, context):
-    """([(prompt, ids), ...], how many lines were left out) of a file, one a line, or of --prompt."""
+    """([(prompt, ids), ...], how many lines were left out): of a file, one a line, or --prompt."""
     path = args.prompts
     if path is None:
         try:
@@ -584,12 +594,12 @@ def read_prompts(args, tokenizer, context):
         except ValueError as error:
             sys.exit(str(error))
     try:
-        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         sys.exit(f"{path} cannot be read: {error.strerror}")
     found = []
     for number, line in enumerate(lines, 1):
-        text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        text = line.decode("utf-8", "surrogateescape")
         try:
             found.append((text, ids_of(text, tokenizer, context)))
         except ValueError as error:
@@ -640,7 +650,7 @@ def load_draft(name, quantize, tokenizer):
 
 
 def worth(rate, counts, decoder):
-    """What a draft was worth, with which a text got `rate` tokens a second, in words."""
+    """In words, what a draft was worth, if each text got `rate` tokens a second with it."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()
@@ -653,19 +663,20 @@ def worth(rate, counts, decoder):
 def build_decoders(args, model, tokenizer, rows, size, steps):
     """The decoder of the model and that of its draft, or None; compiled where that repays itself in
     so many steps."""
-    def build(model, T):
+    def build(model, *sizes):
         compile = (repays(model, args.quantize, steps) if args.compile is None
                    else args.compile == "True")
         decoder, start = Decoder(model, rows, size, tokenizer.size, compile), time.perf_counter()
         if compile:
-            decoder.warm(T)
+            for T in sizes:
+                decoder.warm(T)
             print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return decoder
 
     if not args.draft:
         return build(model, 1), None
     draft = load_draft(args.draft, args.quantize, tokenizer)
-    return build(model, args.guesses + 1), build(draft, 1)
+    return build(model, args.guesses + 1, 1), build(draft, 1)
 
 
 def main(argv):
@@ -693,7 +704,7 @@ def main(argv):
         for new in follow(prompts, n=n, max_new_tokens=args.max_new_tokens,
                           eos_ids=tokenizer.eos_ids):
             marks.append(time.perf_counter())
-            steps.append(max(map(len, new)))
+            steps.append(sum(map(len, new)) / len(new))
             yield new
 
     start = time.perf_counter()

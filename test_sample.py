@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return load_model(folder, dtype=torch.float32)
+    model, tokenizer = load_model(folder, dtype=torch.float32)
+    return model.cpu(), tokenizer
 
 
 def greedy(logits):
@@ -127,14 +128,25 @@ def test_generation_equals_the_uncached_loop(loaded, right):
 
 
 def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
-    """Rows of other lengths, several samples, another batch before in the same cache: each has
-    once shifted somebody's positions."""
+    """Rows of other lengths, several samples, another batch before in the same cache: whatever
+    shifts a row's positions or its mask changes its text."""
     prompts, texts = right
     many = decoder(loaded[0], 8)
     assert texts_of(generate(many, prompts, 2, 20, set(), greedy)) == [
         text for text in texts for _ in range(2)]
     back = texts_of(generate(many, prompts[::-1] * 2, 1, 20, set(), greedy))
     assert back == texts[::-1] * 2
+
+
+def test_running_ahead_changes_nothing(loaded, right, monkeypatch):
+    """On a GPU the next step is told before this one's ids are known: the last must not be told
+    twice, nor an earlier one for the last."""
+    monkeypatch.setattr(sample, "runs_ahead", lambda device: True)
+    prompts, texts = right
+    assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
+    ends = {texts[0][7]}
+    cut, = texts_of(generate(decoder(loaded[0]), prompts[:1], 1, 20, ends, greedy))
+    assert cut == texts[0][:texts[0].index(texts[0][7]) + 1]
 
 
 def test_a_prompt_may_come_in_chunks(loaded, right, monkeypatch):
@@ -281,7 +293,7 @@ def test_quantized_logits_are_near(folder, loaded):
     right = model(ids)
 
     def away(kind):
-        given = load_model(folder, kind, torch.float32)[0](ids)
+        given = load_model(folder, kind, torch.float32)[0].cpu()(ids)
         return ((given - right).norm() / right.norm()).item()
 
     assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
@@ -332,19 +344,20 @@ def test_compiled_text_is_the_same(folder, kind):
     assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
     with torch.inference_mode():
         assert fast.fast is not model
-        ids = torch.tensor([[5], [6]])
+        ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
         plain = decoder(model, 2)
         plain.read(prompts), fast.read(prompts)
         assert torch.allclose(fast.step(ids), plain.step(ids), atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_graph_is_the_same_as_its_kernels(loaded, right):
+def test_a_graph_is_the_same_as_its_kernels(folder, right):
     """A CUDA graph repeats what it has seen: ids or lengths that were copied into it say the same
     token for ever."""
     prompts, texts = right
-    assert loaded[0].embed.weight.is_cuda
-    assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
+    model, _ = load_model(folder, dtype=torch.float32)
+    assert model.embed.weight.is_cuda
+    assert texts_of(generate(decoder(model, 4), prompts, 1, 20, set(), greedy)) == texts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,8 +513,9 @@ def test_many_prompts(run, folder, tmp_path):
         assert "line 3 is left out: the prompt is not UTF-8" in done.stderr
         assert "line 5 is left out" in done.stderr and "context of this model 64" in done.stderr
         assert done.returncode == 1                      # 3 where it is a program of its own
-    file.write_bytes(b"\xff\n")
-    assert "has no prompt that can be used" in run(folder, f"--prompts={file}").stderr
+    for nothing in b"\xff\n", b"":
+        file.write_bytes(nothing)
+        assert "has no prompt that can be used" in run(folder, f"--prompts={file}").stderr
 
 
 def test_a_draft_is_used(run, folder, tmp_path):
