@@ -770,7 +770,7 @@ def bench_generate(args):
             in_own_process(write_gguf, source, folder)
         limit = in_own_process(read_limit, device)
         print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]} ({why}), "
-              f"reads {limit / 1e9:.1f} GB/s; {args.batch} texts behind {args.prompt} tokens")
+              f"reads {limit / 1e9:.1f} GB/s; {args.batch} of {args.prompt} tokens to continue")
         jobs = [(quantize, name, measure) for quantize in args.precisions
                 for name, measure in {"ours": measure_generation, **peers}.items()
                 if name != "transformers" or not quantize]
@@ -813,9 +813,9 @@ def tell(runs, args, dtype, *limits):
               f"{in_bytes(row['peak_memory']):>9}"
               + (f"{ours[f'ratio_to_{name}']:9.2f}" if name != "ours" else ""))
     for key, row in results.items():
-        print(f"{key}: loaded in {row['loading']:.1f} s, compiled in {row['compiling']:.1f} s; "
-              + "; ".join(f"logits {row[name]['distance']:.1%} from those of {name}"
-                          for name in ("transformers", "llama_cpp") if name in row))
+        print(f"{key}: loaded in {row['loading']:.1f} s, compiled in {row['compiling']:.1f} s"
+              + "".join(f"; logits {row[name]['distance']:.1%} from those of {name}"
+                        for name in ("transformers", "llama_cpp") if name in row))
     return {"tokens_per_second": next(iter(results.values()))["tokens_per_second"],
             "peak_memory": max(row["peak_memory"] for row in results.values()),
             "read_bytes_per_second": limit, **{

@@ -300,14 +300,19 @@ def compiled(model):
     return fast
 
 
+def can_compile(device):
+    """Whether there is a compiler of what torch.compile writes for the device."""
+    return any(map(shutil.which, {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(
+        device.type, ())))
+
+
 def repays(model, quantize, steps):
     """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
     of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
     as without a compiler they are turned into floats as a whole, for each token."""
-    device, read = model.embed.weight.device.type, steps * count(model)
-    compilers = {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(device, ())
-    return (read > (1e10 if quantize else 1.5e11 if device == "cpu" else 1e13)
-            and any(map(shutil.which, compilers)))
+    device, read = model.embed.weight.device, steps * count(model)
+    return (read > (1e10 if quantize else 1.5e11 if device.type == "cpu" else 1e13)
+            and can_compile(device))
 
 
 class Decoder:
@@ -673,6 +678,8 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
             print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return decoder
 
+    if args.compile == "True" and not can_compile(model.embed.weight.device):
+        sys.exit("--compile=True needs a C++ compiler such as g++, and there is none")
     if not args.draft:
         return build(model, 1), None
     draft = load_draft(args.draft, args.quantize, tokenizer)

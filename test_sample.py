@@ -528,6 +528,14 @@ def test_a_draft_is_used(run, folder, tmp_path):
     assert refused.returncode == 1 and "has another tokenizer (320 tokens)" in refused.stderr
 
 
+def test_compilation_needs_a_compiler(run, folder, monkeypatch):
+    """Asked for where there is none, it would end in a page of the compiler's own errors; where
+    it is chosen, it is left out."""
+    monkeypatch.setattr(sample.shutil, "which", lambda name: None)
+    assert "--compile=True needs a C++ compiler" in run(folder, "--compile=True").stderr
+    assert not repays(tiny(0), "int8", 10 ** 9)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantized_model_recites(run, folder, kind):
     """From any checkpoint, at load."""
