@@ -464,16 +464,32 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
             ids = pick(decoder.step(ids[:, None])[:, -1])
 
 
+def settle(p, q, guessed, generator=None):
+    """(how many of guessed (R, k) stay, the id that follows those), both (R, 1), where q (R, k, V)
+    are the chances that they were drawn with, and p (R, k + 1, V) those of the model.
+
+    A guess stays with chance min(1, p / q); instead of the first that does not, one is drawn from
+    what p has more than q. Together that is p: nothing about the text tells that there was a draft.
+    """
+    p_of, q_of = (t[:, :guessed.shape[1]].gather(2, guessed[..., None])[..., 0] for t in (p, q))
+    luck = torch.rand(guessed.shape, device=p.device, generator=generator)
+    stayed = (luck * q_of < p_of).cumprod(1).sum(1, keepdim=True)                 # (R, 1)
+    here = stayed[..., None].expand(-1, 1, p.shape[2])
+    q = F.pad(q, (0, 0, 0, 1))                               # nothing is guessed behind the last
+    p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]                       # (R, V)
+    rest = (p - q).clamp_(min=0)
+    rest = torch.where(rest.any(-1, keepdim=True), rest, p)          # where p is q but for rounding
+    return stayed, draw(rest, generator)
+
+
 @torch.inference_mode()
 def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how, generator,
               counts=None):
     """Yields as generate does, but several ids a row and step: the decoder `draft` makes a number
     of `guesses`, and `decoder` checks them all in one pass (arXiv 2211.17192).
 
-    Where q is the chance that the draft gave its guess and p that of the model, the guess stays
-    with chance min(1, p / q); instead of the first that does not, one is drawn from what p has more
-    than q. Together that is p: nothing about the text tells that there was a draft. `how` are the
-    settings of likeliest; counts[0] are the guesses made, counts[1] those that stayed.
+    `how` are the settings of likeliest; counts[0] are the guesses made, counts[1] those that
+    stayed.
     """
     context = decoder.model.config.context
     left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
@@ -491,17 +507,8 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
             q.append(chances(draft.step(rows[-1])[:, -1]))
             rows.append(draw(q[-1], generator))
         draft.step(rows[-1])                                 # the draft reads its last guess, too
-        p = chances(decoder.step(torch.cat(rows, 1)))                             # (R, k + 1, V)
-        guessed = torch.cat(rows[1:], 1)                                          # (R, guesses)
-        q = torch.stack([*q, torch.zeros_like(q[0])], 1)     # nothing is guessed behind the last
-        pq = [t[:, :-1].gather(2, guessed[..., None])[..., 0] for t in (p, q)]
-        luck = torch.rand(guessed.shape, device=p.device, generator=generator)
-        stayed = (luck * pq[1] < pq[0]).cumprod(1).sum(1, keepdim=True)           # (R, 1)
-        here = stayed[..., None].expand(-1, 1, p.shape[2])
-        p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]                   # (R, V)
-        rest = (p - q).clamp_(min=0)
-        rest = torch.where(rest.any(-1, keepdim=True), rest, p)      # where p is q but for rounding
-        ids = draw(rest, generator)
+        p, guessed = chances(decoder.step(torch.cat(rows, 1))), torch.cat(rows[1:], 1)
+        stayed, ids = settle(p, torch.stack(q, 1), guessed, generator)
         for cache in (decoder.cache, draft.cache):           # the rest was never said
             cache.length.copy_(before + stayed[:, 0] + 1)
         new = [g[:k] + i for g, (k,), i in zip(guessed.tolist(), stayed.tolist(), ids.tolist())]
