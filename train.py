@@ -1228,3 +1228,5 @@ if __name__ == "__main__":
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)      # DDP keeps threads of the group alive, which may abort a process that ends
