@@ -10,9 +10,8 @@
 
 What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each
 measurement has a process to itself, so that none profits from what another one compiled, cached or
-allocated.
-Machines are shared and clocks wander: only ratios within one run mean anything, and what is
-compared is measured twice, in turns.
+allocated. Machines are shared and clocks wander: only ratios within one run mean anything, and what
+is compared is measured twice, in turns.
 
 MFU, model FLOPs utilization (PaLM, arXiv 2204.02311), is the FLOP/s that the model asks for over
 those that the hardware promises. Two counts of a token's FLOPs are customary, and the same run

@@ -28,6 +28,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -493,6 +494,12 @@ def find_dtype(device):
                                  or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "the CPU has it"
     return torch.float32, f"this {device.type} has no bfloat16 of its own"
+
+
+def can_compile(device):
+    """Whether there is a compiler of what torch.compile writes for the device."""
+    return any(map(shutil.which, {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(
+        device.type, ())))
 
 
 # --------------------------------------------------------------------------------------------------

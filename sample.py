@@ -24,7 +24,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import sys
 import time
 from contextlib import suppress
@@ -36,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (KVCache, Linear, Llama, ModelError, find_device, find_dtype,
+from model import (KVCache, Linear, Llama, ModelError, can_compile, find_device, find_dtype,
                    read_json)
 
 
@@ -300,12 +299,6 @@ def compiled(model):
     return fast
 
 
-def can_compile(device):
-    """Whether there is a compiler of what torch.compile writes for the device."""
-    return any(map(shutil.which, {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(
-        device.type, ())))
-
-
 def repays(model, quantize, steps):
     """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
     of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
@@ -328,6 +321,11 @@ class Decoder:
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         self.cache.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.graphs = {}
+
+    def room(self, prompts, n, most):
+        """How many ids may follow prompts, n rows for each: at most `most`, within the context."""
+        return [min(most, self.model.config.context - len(prompt)) for prompt in prompts
+                for _ in range(n)]
 
     def read(self, prompts, n=1):
         """Logits (R, V) behind prompts, lists of ids, n rows for each. A prompt is run once, by
@@ -449,8 +447,7 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
     `pick` takes logits (R, V) and returns ids (R,). A row gets at most max_new_tokens, and never
     more than the context holds.
     """
-    context = decoder.model.config.context
-    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
+    left = decoder.room(prompts, n, max_new_tokens)
     ids, most = pick(decoder.read(prompts, n)), max(left)
     ahead = runs_ahead(ids.device)
     for k in range(most):
@@ -491,8 +488,7 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
     `how` are the settings of likeliest; counts[0] are the guesses made, counts[1] those that
     stayed.
     """
-    context = decoder.model.config.context
-    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
+    left = decoder.room(prompts, n, max_new_tokens)
 
     def chances(logits):                                     # (..., V), of the whole vocabulary
         p, ids = likeliest(logits, **how)

@@ -531,7 +531,7 @@ def test_a_draft_is_used(run, folder, tmp_path):
 def test_compilation_needs_a_compiler(run, folder, monkeypatch):
     """Asked for where there is none, it would end in a page of the compiler's own errors; where
     it is chosen, it is left out."""
-    monkeypatch.setattr(sample.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "--compile=True needs a C++ compiler" in run(folder, "--compile=True").stderr
     assert not repays(tiny(0), "int8", 10 ** 9)
 

@@ -56,8 +56,9 @@ from tqdm import tqdm
 
 from config import load
 from data import DataError, Source, counts, parse_stages, sequences
-from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf, find_device,
-                   find_dtype, flash_attn_func, hf_name, read_json, safetensors_files, write_json)
+from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, can_compile, config_from_hf,
+                   find_device, find_dtype, flash_attn_func, hf_name, read_json, safetensors_files,
+                   write_json)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def choose_compile(cfg, device, flops):
     if device.type == "cuda":
         return (True, "it pays on a GPU") if find_spec("triton") else (False, "there is no triton")
     if device.type == "cpu" and flops > 2e13 * torch.get_num_threads():
-        return ((True, "a long run") if shutil.which("g++") or shutil.which("clang++")
+        return ((True, "a long run") if can_compile(device)
                 else (False, "there is no C++ compiler"))
     return False, "too short a run to repay it" if device.type == "cpu" else f"not on {device.type}"
 
