@@ -196,11 +196,11 @@ class KVCache:
                        for _ in range(config.n_layer)]
         self.length, self.size = 0, size
 
-    def row(self, b):
-        """A cache of row b alone, empty, in the same place."""
-        row = copy.copy(self)
-        row.layers, row.length = [(k[b:b + 1], v[b:b + 1]) for k, v in self.layers], 0
-        return row
+    def rows(self, some):
+        """A cache of the rows in a slice, empty, in the same place."""
+        part = copy.copy(self)
+        part.layers, part.length = [(k[some], v[some]) for k, v in self.layers], 0
+        return part
 
     def places(self, T):
         """Where T more tokens of each row stand: (positions (T,) or (B, T), mask (B, 1, T, size) of
@@ -391,20 +391,26 @@ class Llama(nn.Module):
         else:
             p.normal_(std=math.sqrt(2 / 5 / C))
 
-    def forward(self, idx, targets=None, cache=None, last=False):
-        """idx (B, T) -> logits (B, T, V), or (B, 1, V) of the last token alone; with targets (B, T)
-        the mean cross-entropy in nats. With a cache, idx continues what the cache holds, and the
-        cache then holds idx too."""
-        B, T = idx.shape
-        positions, mask = ((torch.arange(T, device=idx.device), None) if cache is None
-                           else cache.places(T))
+    def states(self, idx, cache=None, places=None):
+        """The normed states (B, T, C) of which the head makes logits. `places` says of tokens that
+        are not simply one after the other where they stand and what they see, as KVCache.places
+        does: positions (B, T) and a mask (B, 1, T, T)."""
+        T = idx.shape[1]
+        if cache is not None:
+            places = cache.places(T)
+        positions, mask = places or (torch.arange(T, device=idx.device), None)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(idx)                                                  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache and cache.layer(i, T), positions, mask)
         if cache is not None:
             cache.length += T
-        x = self.norm(x[:, -1:] if last else x)
+        return self.norm(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With
+        a cache, idx continues what the cache holds, and the cache then holds idx too."""
+        x = self.states(idx, cache)
         if targets is None:                                                  # (B, T, V)
             return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
         weight = self.head.weight if hasattr(self, "head") else self.embed.weight

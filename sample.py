@@ -328,19 +328,29 @@ class Decoder:
                 for _ in range(n)]
 
     def read(self, prompts, n=1):
-        """Logits (R, V) behind prompts, lists of ids, n rows for each. A prompt is run once, by
-        itself, so that none waits for a longer one."""
-        device, logits = self.cache.length.device, []
-        for i, prompt in enumerate(prompts):
-            row = self.cache.row(i * n)
-            for part in torch.tensor([prompt], device=device).split(CHUNK, dim=1):
-                last = self.model(part, cache=row, last=True)[0]                  # (1, V)
-            logits.append(last)
-            for kept in self.cache.layers:
-                for tensor in kept:
-                    tensor[i * n + 1:(i + 1) * n] = tensor[i * n]
-            self.cache.length[i * n:(i + 1) * n] = len(prompt)
-        return torch.cat(logits).repeat_interleave(n, 0)[:, :self.vocabulary].float()
+        """Logits (R, V) behind prompts, lists of ids, n rows for each. A prompt is run once, in
+        chunks if it is long; short ones together, as far as that is no more than a chunk."""
+        device, last, done = self.cache.length.device, [], 0
+        while done < len(prompts):
+            some, T = [], 0
+            for prompt in prompts[done:]:
+                if some and max(T, len(prompt)) * (len(some) + 1) > CHUNK:
+                    break
+                some.append(prompt)
+                T = max(T, len(prompt))
+            rows = self.cache.rows(slice(done * n, (done + len(some)) * n, n))
+            for part in torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in some],
+                                     device=device).split(CHUNK, dim=1):
+                x = self.model.states(part, cache=rows)                           # (B, T, C)
+            last += [x[b, (len(prompt) - 1) % CHUNK] for b, prompt in enumerate(some)]
+            done += len(some)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.cache.length[:len(prompts) * n] = lengths.repeat_interleave(n)
+        for kept in (tensor for pair in self.cache.layers for tensor in pair if n > 1):
+            for i in range(0, len(prompts) * n, n):
+                kept[i + 1:i + n] = kept[i]
+        logits = self.model.head(torch.stack(last)).repeat_interleave(n, 0)
+        return logits[:, :self.vocabulary].float()
 
     def step(self, ids):
         """Logits (R, T, V) behind each of ids (R, T), which continue the rows; to be used before

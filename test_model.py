@@ -371,7 +371,7 @@ def test_each_row_has_its_own_length(dtype, tolerance):
     model, idx = tiny().to(dtype), tokens(3, 20)
     cache, lengths = KVCache(model.config, 3, 32, dtype=dtype), [3, 11, 7]
     for b, n in enumerate(lengths):
-        model(idx[b:b + 1, :n], cache=cache.row(b))
+        model(idx[b:b + 1, :n], cache=cache.rows(slice(b, b + 1)))
     for k, v in cache.layers:                                    # what is behind must not be seen
         for b, n in enumerate(lengths):
             k[b, :, n:], v[b, :, n:] = 9, 9
@@ -389,17 +389,23 @@ def test_a_row_that_has_ended_may_be_stepped_on():
     """Behind its end it would write into nowhere, or into its neighbour."""
     model, idx = tiny(), tokens()
     cache = KVCache(model.config, 2, 12)
-    model(idx[:1, :4], cache=cache.row(0))
-    model(idx[1:, :12], cache=cache.row(1))
+    model(idx[:1, :4], cache=cache.rows(slice(0, 1)))
+    model(idx[1:, :12], cache=cache.rows(slice(1, 2)))
     cache.length = torch.tensor([4, 12])
     given = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(4, 10)], 1)
     assert_close(given[0], model(idx[:1])[0, 4:10])
 
 
-def test_the_last_logits_alone():
-    """What generation needs of a prompt, at a fraction of the head's cost."""
-    model, idx = tiny(), tokens()
-    assert_close(model(idx, last=True), model(idx)[:, -1:])
+def test_a_tree_is_its_branches():
+    """A mask that shows a branch another one's tokens, or positions that go on counting: here a b
+    is followed by c d, and by e f."""
+    model, (a, b, c, d, e, f) = tiny(), tokens(1, 6)[0].tolist()
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3]])
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask[4:, 2:4] = False
+    x = model.states(torch.tensor([[a, b, c, d, e, f]]), places=(positions, mask[None, None]))
+    for branch, at in ([a, b, c, d], [0, 1, 2, 3]), ([a, b, e, f], [0, 1, 4, 5]):
+        assert_close(x[:, at], model.states(torch.tensor([branch])))
 
 
 def test_a_full_cache_says_so():

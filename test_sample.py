@@ -217,7 +217,8 @@ def test_the_prompt_is_run_once_for_many_samples(loaded):
     """n samples cost one prompt; greedy, all are the one."""
     model, tokenizer = loaded
     prompt, calls = [1, *tokenizer.encode("lazy")], []
-    hook = model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
+    hook = model.embed.register_forward_pre_hook(
+        lambda module, args: calls.append(tuple(args[0].shape)))
     many = texts_of(generate(decoder(model, 3), [prompt], 3, 9, set(), greedy))
     hook.remove()
     one = texts_of(generate(decoder(model), [prompt], 1, 9, set(), greedy))
