@@ -79,11 +79,11 @@ class File:
         return (kind, packed) if kind in known else None
 
 
-def list_files(given, out):
+def list_files(given, out=None):
     """The Files that a list of paths, folders and patterns names, in this order, those of a folder
     or a pattern sorted by path; none in the folder `out`. Exits where one names nothing that can be
     read."""
-    files, ours = [], os.path.join(os.path.abspath(out), "")
+    files, ours = [], out and os.path.join(os.path.abspath(out), "")
     for path in given:
         try:
             fs, inner = fsspec.core.url_to_fs(path)
@@ -96,7 +96,7 @@ def list_files(given, out):
         name = (fs.unstrip_protocol if not local else str if os.path.isabs(path)
                 else os.path.relpath)
         known = [file for file in (File(fs, p, name(p), size) for p, size in sorted(found.items()))
-                 if file.kind() and not (local and file.path.startswith(ours))]
+                 if file.kind() and not (local and ours and file.path.startswith(ours))]
         if not known:
             sys.exit(f"nothing in {path} can be read: only {KINDS}, each but .parquet also as .gz "
                      "or .zst")

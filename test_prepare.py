@@ -828,6 +828,13 @@ def test_bad_arguments_are_refused(folder, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # The embedded corpus
 
+def test_files_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    """Without an --out to leave out, those of the working directory itself were left out."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, a_txt="text")
+    assert [file.name for file in prepare.list_files(["a.txt"])] == ["a.txt"]
+
+
 def test_docstrings_are_cut_out():
     """A docstring left in the code would be in both sources, and what is learned from one would
     show in the other."""
