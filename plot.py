@@ -69,15 +69,33 @@ def short(tokens, _=None):
     return f"{tokens:.0f}"
 
 
-def draw(runs, out):
-    """Draws {name: records} to the PNG `out`, which is written whole or not at all."""
+def pyplot():
+    """matplotlib.pyplot, drawing to files: no screen is needed."""
     try:
         import matplotlib
     except ImportError:
-        sys.exit("plot.py needs matplotlib: pip install matplotlib")
-    matplotlib.use("agg")                                         # no screen is needed
+        sys.exit("pictures need matplotlib: pip install matplotlib")
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    return plt
 
+
+def write(figure, out):
+    """Writes a figure to the PNG `out`, whole or not at all."""
+    temporary = Path(f"{out}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, out)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written: {error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot().close(figure)
+
+
+def draw(runs, out):
+    """Draws {name: records} to the PNG `out`."""
+    plt = pyplot()
     figure, axes = plt.subplots(5, 1, sharex=True, figsize=(9, 10), height_ratios=(3, 3, 1, 1, 1),
                                 layout="constrained")
     sources = sorted({s for records in runs.values() for r in records
@@ -130,15 +148,7 @@ def draw(runs, out):
     axes[4].yaxis.set_major_formatter(short)
     axes[4].set_xlabel("tokens")
     axes[4].xaxis.set_major_formatter(short)
-    temporary = Path(f"{out}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, out)
-    except OSError as error:
-        sys.exit(f"{out} cannot be written: {error}")
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    write(figure, out)
 
 
 def parse_args(argv):
