@@ -7,6 +7,7 @@
     python bench.py generate [CHECKPOINT] [--batch=ROWS]       tokens to text, in bf16, int8, int4
     python bench.py generate --peers    transformers and llama.cpp on the same weights
     python bench.py generate CHECKPOINT --quality              what int8 and int4 cost
+    python bench.py eval [CHECKPOINT]   questions answered, and lm-evaluation-harness' own way
 
 What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each
 measurement has a process to itself, so that none profits from what another one compiled, cached or
@@ -46,8 +47,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from hashlib import sha256
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -65,9 +68,9 @@ import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
 from model import find_device, find_dtype
-from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, only_read,
-                    size_of)
-from tokenizer import Encoder, llama_style, tokenizer_json
+from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, load_model,
+                    only_read, size_of)
+from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
 from train import TrainConfig, World, in_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
@@ -520,7 +523,7 @@ def corpora_of(args):
         if not args.tokenizer:
             sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
         choice = prepare.Choice(args.text_key)
-        corpora = {path: prepare.all_texts(prepare.list_files([path], ""), choice)[0]
+        corpora = {path: prepare.all_texts(prepare.list_files([path]), choice)[0]
                    for path in args.files}
     else:
         corpora = {"documentation": prepare.documentation(),
@@ -869,6 +872,85 @@ def bench_quality(args):
 
 
 # --------------------------------------------------------------------------------------------------
+# Evaluation
+
+def demo_model(out):
+    """A folder with an untrained model of the demo's shape, and a tokenizer as large as its."""
+    llama_bytes = prepare.train_tokenizer(prepare.documentation(), 4096)
+    cfg = load(["config_demo.py"], TrainConfig)
+    shape = {field.name: getattr(cfg, field.name) for field in fields(model.ModelConfig)}
+    model.Llama(model.ModelConfig(**shape | {"vocab_size": 4096})).init_weights().save_pretrained(
+        out)
+    write_tokenizer(out, llama_bytes)
+    return out
+
+
+def requests_of(n):
+    """{kind: (method of the harness, what it is asked, requests of a question)}: n questions as
+    long as HellaSwag's and n texts to continue, from this Python's library; and documents of it."""
+    texts = [text.split(" ") for text in prepare.embedded_corpus()[0] if len(text) > 600][:n]
+    contexts = [" ".join(words[:40]).rstrip() for words in texts]
+    endings = [" " + " ".join(words[40:55]).strip() for words in texts]
+    return {"multiple choice": ("loglikelihood", [
+                (context, endings[(k + 7 * j) % len(texts)]) for k, context in enumerate(contexts)
+                for j in range(4)], 4),
+            "documents": ("loglikelihood_rolling", [(" ".join(words),) for words in texts[::4]], 1),
+            "generation": ("generate_until", [(context, {"until": ["\n\n"], "max_gen_toks": 32})
+                                              for context in contexts], 1)}
+
+
+def measure_answers(ours, folder, dtype, batch, asked):
+    """{kind: (questions a second, the answers)}, by our adapter or the harness' own."""
+    from lm_eval.api.instance import Instance
+    if ours:
+        adapter = import_module("eval")
+        lm = adapter.Adapter(*load_model(folder, None, dtype), False, batch)
+    else:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        lm = HFLM(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(find_device()),
+                  tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch,
+                  add_bos_token=False)
+    found = {}
+    for kind, (method, arguments, of) in asked.items():
+        requests = [Instance(method, {}, one, k) for k, one in enumerate(arguments)]
+        call = partial(getattr(lm, method), disable_tqdm=True)
+        call(requests[:batch])
+        before = time.perf_counter()
+        answers = call(requests)
+        found[kind] = len(requests) / of / (time.perf_counter() - before), answers
+    return found
+
+
+def bench_eval(args):
+    lacking = [name for name in ("lm_eval", "transformers", "accelerate") if not find_spec(name)]
+    if lacking:
+        sys.exit('this needs the peer: pip install "lm-eval[hf]"')
+    for name in "batch", "questions":
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name} must be above 0, got {getattr(args, name)}")
+    device, asked = find_device(), requests_of(args.questions)
+    dtype = getattr(torch, args.dtype) if args.dtype else find_dtype(device)[0]
+    print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]}; "
+          f"{args.batch} requests at once")
+    with tempfile.TemporaryDirectory() as folder:
+        source = find_model(args.checkpoint) if args.checkpoint else demo_model(Path(folder))
+        runs = {name: [] for name in ("ours", "transformers")}
+        for name in tqdm([*runs] * 3, desc="measuring"):                             # in turns
+            runs[name].append(in_own_process(measure_answers, name == "ours", source, dtype,
+                                             args.batch, asked))
+    results = {}
+    print(f"\n{'questions/s':20}{'ours':>10}{'harness':>10}{'ours is':>9}")
+    for kind in asked:
+        ours, theirs = (max(one[kind][0] for one in found) for found in runs.values())
+        results[kind] = {"ours": ours, "transformers": theirs,
+                         "ratio_to_transformers": ours / theirs}
+        print(f"{kind:20}{ours:10.1f}{theirs:10.1f}{ours / theirs:9.2f}")
+    return {"ratio_to_transformers": min(row["ratio_to_transformers"] for row in results.values()),
+            "results": results}
+
+
+# --------------------------------------------------------------------------------------------------
 
 def stored_as(word):
     """None for "full", else a way to quantize."""
@@ -912,6 +994,13 @@ def parse_args(argv):
                    "the checkpoint's run")
     p.add_argument("--eval_tokens", type=int, default=32_768, help="of each (%(default)s)")
     p.add_argument("--json", help="a file for what the last line says")
+    p = commands.add_parser("eval", help="questions/s of an evaluation", allow_abbrev=False)
+    p.add_argument("checkpoint", nargs="?", help="a folder or a hub name; without, an untrained "
+                   "model of the demo's shape")
+    p.add_argument("--batch", type=int, default=16, help="requests at once (%(default)s)")
+    p.add_argument("--questions", type=int, default=200, help="(%(default)s)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"])
+    p.add_argument("--json", help="a file for what the last line says")
     args, keys = parser.parse_known_args(argv)
     if args.command == "train":
         args.recipe += keys                                   # config.py refuses what is no key
@@ -923,7 +1012,7 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     result = {"train": bench_train, "prepare": bench_prepare,
-              "generate": bench_generate}[args.command](args)
+              "generate": bench_generate, "eval": bench_eval}[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))

@@ -308,3 +308,28 @@ def test_bad_input_of_generate_is_named(argv, words, capsys):
     with pytest.raises((SystemExit, model.ModelError)) as error:
         main(["generate", *argv])
     assert words in str(error.value) + capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+def test_evaluation_is_measured_against_the_same_answers(here, tmp_path, monkeypatch, capfd):
+    """A ratio to a peer that answers something else is no ratio."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(prepare, "embedded_corpus", lambda: (prepare.documentation(), []))
+    bench.demo_model(tmp_path)
+    asked = bench.requests_of(8)
+    ours, theirs = (bench.measure_answers(kind, tmp_path, torch.float32, 4, asked)
+                    for kind in (True, False))
+    for kind, (_, arguments, _) in asked.items():
+        mine, yours = np.array(ours[kind][1]), np.array(theirs[kind][1])
+        assert len(arguments) == len(mine) and ours[kind][0] > 0
+        assert (mine == yours).all() if kind == "generation" else np.allclose(mine, yours, 1e-5)
+    main(["eval", str(tmp_path), "--questions=4"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert set(found["results"]) == {"multiple choice", "documents", "generation"}
+    assert found["ratio_to_transformers"] == min(
+        row["ours"] / row["transformers"] for row in found["results"].values())
+    for argument in "--batch=0", "--questions=0":
+        with pytest.raises(SystemExit, match="must be above 0"):
+            main(["eval", argument])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import eval as evaluation
 import plot
 import prepare
 import sample
@@ -182,5 +183,6 @@ def test_readme_commands_parse():
         if script == "train":
             read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
         else:
-            scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench}
+            scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
+                       "eval": evaluation}
             scripts[script].parse_args(arguments)
