@@ -332,18 +332,18 @@ V1 = {105e9: (43.50, 29.80, 53.28, 24.32, 44.91, 59.66, 67.30),
 # --------------------------------------------------------------------------------------------------
 # Tasks
 
-PERCENT = "acc_norm", "acc", "exact_match", "pass@1", "em", "f1"      # metrics; the first is shown
+PERCENT = "acc_norm", "acc", "exact_match", "pass@1", "em", "f1"      # the first of them is shown
 
 
 def asked_for(args):
-    """{task: (the column of a suite or None, examples in its prompt or None)} of --tasks."""
-    columns = {task: (title, shots) for suite in SUITES.values()
-               for title, (task, _, shots) in suite.columns.items()}
+    """{task: (metric, examples in a prompt)} of --tasks; None for what no suite says."""
+    known = {task: (metric, shots) for suite in SUITES.values()
+             for task, metric, shots in suite.columns.values()}
     found = {}
-    for name in args.tasks.split(","):
+    for name in args.tasks.split(",") if args.tasks else ():
         for task in [c[0] for c in SUITES[name].columns.values()] if name in SUITES else [name]:
-            title, shots = columns.get(task, (None, None))
-            found[task] = title, shots if args.num_fewshot is None else args.num_fewshot
+            metric, shots = known.get(task, (None, None))
+            found[task] = metric, shots if args.num_fewshot is None else args.num_fewshot
     return found
 
 
@@ -391,7 +391,7 @@ def load_tasks(asked, args):
 def measure(lm, loaded, args):
     """What the harness finds of a task: its results, and how it came to them."""
     import lm_eval
-    random.seed(0)
+    random.seed(0)                               # the seeds are the harness' own
     np.random.seed(1234)
     torch.manual_seed(1234)
     for task in loaded["tasks"].values():
@@ -475,16 +475,18 @@ def cell(score):
     return f"{value:.2f}" + (f" ± {error:.2f}" if error else "")
 
 
-def suite_table(suite, runs, tasks):
-    """The columns of a suite that are among `tasks`, published rows first."""
-    columns = [c for c, (title, (task, *_)) in enumerate(suite.columns.items()) if task in tasks]
+def suite_table(suite, runs, asked):
+    """The columns of a suite that were asked for, published rows first; the average of all."""
+    columns = {title: (c, task) for c, (title, (task, *_)) in enumerate(suite.columns.items())
+               if task in asked}
     whole = len(columns) == len(suite.columns)
-    rows = [["", *(list(suite.columns)[c] for c in columns), *["average"] * whole]]
-    rows += [[name, *(f"{scores[c]:.2f}" for c in columns), *[f"{scores[-1]:.2f}"] * whole]
-             for name, scores in suite.published.items()]
+    rows = [["", *columns, *["average"] * whole]]
+    for name, scores in suite.published.items():
+        rows.append([name, *(f"{scores[c]:.2f}" for c, _ in columns.values()),
+                     *[f"{scores[-1]:.2f}"] * whole])
     for name, run in runs.items():
-        scores = [run["scores"].get(list(suite.columns.values())[c][0]) for c in columns]
-        mean = (f"{sum(value for _, value, _ in scores) / len(scores):.2f}" if all(scores) else "")
+        scores = [run["scores"].get(task) for _, task in columns.values()]
+        mean = f"{sum(score[1] for score in scores) / len(scores):.2f}" if all(scores) else ""
         rows.append([name, *map(cell, scores), *[mean] * whole])
     return markdown(rows)
 
@@ -492,28 +494,27 @@ def suite_table(suite, runs, tasks):
 def tables(runs, asked, args):
     """What was measured of runs {name: {"scores": {task: score}, "bits": {text: bits a byte}}},
     in Markdown."""
-    parts = []
+    parts, listed = [], set()
     for suite in SUITES.values():
-        own = {task for task, *_ in suite.columns.values()} & asked.keys()
-        if own:
-            parts += [suite_table(suite, runs, own), suite.note]
-    listed = {task for suite in SUITES.values() for task, *_ in suite.columns.values()}
+        tasks = {task for task, *_ in suite.columns.values()}
+        listed |= tasks
+        if tasks & asked.keys():
+            parts += [suite_table(suite, runs, asked), suite.note]
     others = {task: metric for run in runs.values() for task, (metric, *_) in run["scores"].items()
               if task not in listed}
     if others:
         parts.append(markdown(
-            [["", *(f"{task}, {metric}" for task, metric in others.items())]]
-            + [[name, *(cell(run["scores"].get(task)) for task in others)]
-               for name, run in runs.items()]))
+            [["", *(f"{task}, {metric}" for task, metric in others.items())],
+             *([name, *(cell(run["scores"].get(task)) for task in others)]
+               for name, run in runs.items())]))
     if asked:
-        parts.append(("With BOS, as today's harness" if args.bos else
-                      "Without BOS, as the published numbers") + " measures" * args.bos
-                     + " were measured" * (not args.bos)
-                     + f"; of each task only the first {args.limit}" * bool(args.limit))
+        parts.append(("With BOS, as the harness measures today" if args.bos else
+                      "Without BOS, as the published numbers were measured")
+                     + f"; the first {args.limit} of each task" * bool(args.limit))
     if args.text:
-        parts.append(markdown([["bits a byte", *args.text]] + [
+        parts.append(markdown([["bits a byte", *args.text], *(
             [name, *(f"{run['bits'][text]:.4f}" for text in args.text)]
-            for name, run in runs.items()]))
+            for name, run in runs.items())]))
     return "\n\n".join(parts)
 
 
@@ -608,9 +609,9 @@ def record(folder, name, found, args):
         print(f"{path} cannot be written: {error.strerror}", file=sys.stderr)
 
 
-def evaluate(folder, tasks, asked, args):
+def evaluate(folder, tasks, asked, args, left_out):
     """{"tokens", "scores", "bits"} of a checkpoint; tokens is None where nothing says how many it
-    has seen."""
+    has seen. Adds texts of which rows were lost to left_out."""
     model, tokenizer = load_model(folder, args.quantize, args.dtype and getattr(torch, args.dtype))
     if (folder / "tokenizer.model").exists():
         tokenizer.encode = remembering(folder / "tokenizer.model")
@@ -630,27 +631,32 @@ def evaluate(folder, tasks, asked, args):
         if lm.cut:
             print(f"{name}: {lm.cut} of {lm.requests} requests did not fit the context of "
                   f"{lm.context} and lost their beginning", file=sys.stderr)
-        metric = next((suite.columns[asked[name][0]][1] for suite in SUITES.values()
-                       if asked[name][0] in suite.columns), None)
         scores = {task: score for task in (name, *found["num_fewshot"])
-                  if (score := score_of(found["results"].get(task, {}), metric))}
+                  if (score := score_of(found["results"].get(task, {}), asked[name][0]))}
         run["scores"] |= {name: scores[name]} if name in scores else scores
     for name in args.text:
         print(name, file=sys.stderr)
         found = measure_text(lm, name, folder, args)
-        record(folder, "text," + Path(name).name, how | {"text": name} | found, args)
+        record(folder, f"text,{name}", how | found, args)
         run["bits"][name] = found["bits_per_byte"]
+        left_out += [name] * (found["lost_rows"] > 0)
     return run
 
 
 def main(argv):
     args = parse_args(argv)
-    folders = {str(folder): folder for folder in map(find_model, args.checkpoints or [None])}
-    asked = asked_for(args) if args.tasks else {}
+    folders, runs = {}, {}
+    for name in args.checkpoints or [None]:
+        folder = find_model(name)
+        folders[str(folder) if name is None or str(folder).startswith(name) else name] = folder
+        read_json(folder / "config.json")        # what is not there is named before hours of work
+    for name in args.text:
+        if not (Path(name) / "source.json").exists():
+            prepare.list_files([name])
+    asked = asked_for(args)
     tasks, left_out = load_tasks(asked, args) if asked else ({}, [])
-    runs = {}
     for name, folder in folders.items():
-        run = evaluate(folder, tasks, asked, args)
+        run = evaluate(folder, tasks, asked, args, left_out)
         words = "" if run["tokens"] is None else f", {plot.short(run['tokens'])} tokens"
         runs[name + words] = run
     print(tables(runs, asked, args))

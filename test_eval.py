@@ -506,8 +506,15 @@ def test_texts_need_no_harness(folder, tmp_path, monkeypatch, capsys):
     "elsewhere": "there is no folder elsewhere"}.items())
 def test_bad_arguments_are_refused(argument, message, run, folder):
     """A sentence, not a traceback; and before an hour of work."""
-    code, out, _ = run(*[folder] * argument.startswith("--"), argument, "--tasks=piqa")
-    assert message in str(code) and not out
+    code, out, err = run(folder, argument, "--tasks=piqa")
+    assert message in str(code) and not out + err
+
+
+def test_a_text_with_lost_rows_tells(run, folder, tmp_path):
+    """Bits per byte of half a file are another number."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one row"}\n{"txt": "another"}\n')
+    code, out, err = run(folder, f"--text={tmp_path / 'a.jsonl'}")
+    assert code == 3 and "bits a byte" in out and "has no 'text'" in err
 
 
 def test_a_folder_that_cannot_be_written_costs_no_result(run, folder, monkeypatch):
