@@ -103,7 +103,7 @@ def tasks(tmp_path_factory):
          doc_to_text="", doc_to_target="{{text}}", output_type="loglikelihood_rolling",
          metric_list=[{"metric": "bits_per_byte"}])
     task(place, "answers", [item | {"answer": item["choices"][0]}
-                            for item in questions(100, seed=3)],
+                            for item in (*questions(100, seed=3), odd[2])],
          output_type="generate_until", metric_list=[{"metric": "exact_match"}],
          generation_kwargs={"until": ["\n", "."], "max_gen_toks": 24, "do_sample": False})
     return place
@@ -199,6 +199,15 @@ def test_examples_are_the_harness_own(shots, folder, loaded, tasks, run, tmp_pat
             == right["results"]["piqa"]["acc_norm,none"])
 
 
+def test_a_task_that_says_no_examples_means_it(run, folder, tmp_path):
+    """As the harness takes it: HumanEval with examples is another benchmark."""
+    task(tmp_path, "bare", questions(9), output_type="multiple_choice", num_fewshot=0,
+         doc_to_choice="{{choices}}", metric_list=[{"metric": "acc"}])
+    assert run(folder, "--tasks=bare", "--num_fewshot=2", include=tmp_path)[0] == 0
+    found = json.loads((folder / "eval/bare,num_fewshot=2.json").read_text())
+    assert found["num_fewshot"] == {"bare": 0}
+
+
 def random_texts(n, context, vocab, seed):
     """Texts that begin alike, contain and repeat one another."""
     draw, texts = random.Random(seed), [[5]]
@@ -287,10 +296,11 @@ def test_text_ends_where_it_should(loaded, monkeypatch):
     asked = []
 
     def generate(decoder, prompts, n, most, eos_ids, pick):
-        asked.append((len(prompts), most))
+        asked.append((len(prompts), most, 0))
         texts = [said[next(context for context in sorted(said, key=len, reverse=True)
                            if tokenizer.decode(prompt).endswith(context))] for prompt in prompts]
         for step in range(most):
+            asked[-1] = *asked[-1][:2], step + 1
             yield [text[step:step + 1] for text in texts]
 
     monkeypatch.setattr(evaluation, "generate", generate)
@@ -299,7 +309,9 @@ def test_text_ends_where_it_should(loaded, monkeypatch):
         ("Q:", {"until": [".", " wo"]}), ("Q:\n", {"until": ["\n"]}), ("Q:", {"max_gen_toks": 3}),
         ("", {"until": ["\n"]})))
     assert given == ["four", "    return 1", tokenizer.decode(said["Q:"][:3]), "hm"]
-    assert sorted(asked) == [(1, 3), (1, 128), (2, 128)] and lm.requests == 4
+    assert lm.requests == 4
+    asked = {(rows, most): steps for rows, most, steps in asked}
+    assert asked.keys() == {(1, 3), (1, 128), (2, 128)} and asked[1, 128] < 20
 
 
 # --------------------------------------------------------------------------------------------------
@@ -385,10 +397,19 @@ def test_a_whole_suite_has_an_average(tasks, run, folder, tmp_path):
 
 def test_what_does_not_fit_is_counted(run, folder):
     """A score of questions whose beginning was lost is another score."""
-    _, _, err = run(folder, "--tasks=hellaswag,piqa")
-    lines = [line for line in err.splitlines() if "lost their beginning" in line]
-    assert len(lines) == 1
-    assert "hellaswag: 2 of 486 requests did not fit the context of 256" in lines[0]
+    _, _, err = run(folder, "--tasks=hellaswag,piqa,answers")
+    assert [line for line in err.splitlines() if "lost their beginning" in line] == [
+        f"{name} requests did not fit the context of 256 and lost their beginning"
+        for name in ("hellaswag: 2 of 486", "answers: 1 of 101")]
+
+
+def test_what_just_fits_is_whole(loaded):
+    """The last token is asked for, not read: a text may be one longer than the context."""
+    lm = Adapter(*loaded, False, 4)
+    ids = [7] * 200
+    lm._loglikelihood_tokens([(None, ids, [8] * 57), (None, ids, [8] * 58)])
+    assert (lm.cut, lm.requests) == (1, 2)
+    assert lm._loglikelihood_tokens([(None, [7, 8], [])]) == [(0.0, True)]
 
 
 def test_code_is_only_run_if_allowed(run, folder, tmp_path):
