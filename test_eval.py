@@ -292,11 +292,12 @@ def test_text_ends_where_it_should(loaded, monkeypatch):
     model, tokenizer = loaded
     said = {prompt: tokenizer.encode(prompt + text)[len(tokenizer.encode(prompt)):] for prompt, text
             in (("Q:", " four words. And more"), ("Q:\n", "    return 1\n    never"), ("", "hm"))}
-    said[""].append(2)
-    asked = []
+    asked, said[""] = [], [*said[""], 2]
+    for prompt in "Q:", "Q:\n":
+        said[prompt] += [9] * 60                       # what nobody waits for, behind a stop string
 
     def generate(decoder, prompts, n, most, eos_ids, pick):
-        asked.append((len(prompts), most, 0))
+        asked.append((prompts, most, 0))
         texts = [said[next(context for context in sorted(said, key=len, reverse=True)
                            if tokenizer.decode(prompt).endswith(context))] for prompt in prompts]
         for step in range(most):
@@ -310,8 +311,11 @@ def test_text_ends_where_it_should(loaded, monkeypatch):
         ("", {"until": ["\n"]})))
     assert given == ["four", "    return 1", tokenizer.decode(said["Q:"][:3]), "hm"]
     assert lm.requests == 4
-    asked = {(rows, most): steps for rows, most, steps in asked}
-    assert asked.keys() == {(1, 3), (1, 128), (2, 128)} and asked[1, 128] < 20
+    steps = {(len(prompts), most): steps for prompts, most, steps in asked}
+    assert steps.keys() == {(1, 3), (1, 128), (2, 128)} and max(steps.values()) < 30
+    context = "long " * 300 + "Q:"
+    lm.generate_until(instances((context, {"max_gen_toks": 24})))
+    assert asked[-1][0] == [tokenizer.encode(context)[-(256 - 24):]] and lm.cut == 1
 
 
 # --------------------------------------------------------------------------------------------------
