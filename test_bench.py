@@ -56,7 +56,9 @@ def plain():
         return losses(OPTIMIZATIONS)
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZATIONS if n != "memory kept"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "compilation" else name
+    for name in OPTIMIZATIONS if name != "memory kept"])
 def test_every_optimization_trains_the_same(name, plain):
     """An optimization that rounds worse than bf16 must, or that is wrong, learns something else.
     In bf16, which rounds to a 256th, losses of a few nats stray by thousandths; alone in fp32 each
@@ -127,6 +129,7 @@ def test_what_a_machine_cannot_do_is_left_out_and_said(capsys):
         "attention by rows", "memory kept"}
 
 
+@pytest.mark.slow
 def test_bench_train_measures_and_ends_with_json(capfd):
     """Scripts read the last line; its numbers must belong together."""
     main(["train", *SHAPE, "--compile=False", "--seconds=0.1", "--batch=768", "--dtype=float32"])
