@@ -598,10 +598,10 @@ def parse_args(argv):
 def record(folder, name, found, args):
     """Writes what was found of a task or text to `folder`/eval/, in a file of its own for each
     choice that changes numbers."""
-    how = {key: value for key in ("bos", "num_fewshot", "limit", "quantize", "dtype")
-           if (value := getattr(args, key)) is not None and value is not False}
-    path = folder / "eval" / (",".join([name.replace("/", "_"), *(
-        key if value is True else f"{key}={value}" for key, value in how.items())]) + ".json")
+    how = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize", "dtype")}
+    words = [key if value is True else f"{key}={value}" for key, value in how.items()
+             if value is not None and value is not False]
+    path = folder / "eval" / (",".join([name.replace("/", "_"), *words]) + ".json")
     try:
         path.parent.mkdir(exist_ok=True)
         prepare.write_json(path, {"checkpoint": str(folder), "task": name} | how | found)
@@ -625,7 +625,7 @@ def evaluate(folder, tasks, asked, args, left_out):
     lm = Adapter(model, tokenizer, args.bos, args.batch, args.quantize)
     how = {"tokens_seen": run["tokens"], "batch": args.batch, "computed_in": dtype}
     for name, loaded in tasks.items():
-        print(name, file=sys.stderr)
+        print(name, "with BOS" if args.bos else "without BOS", file=sys.stderr)
         found = measure(lm, loaded, args)
         record(folder, name, how | found, args)
         if lm.cut:
