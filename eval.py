@@ -17,6 +17,7 @@ same as of a row a text, for several times less work.
 """
 import argparse
 import difflib
+import gc
 import json
 import logging
 import math
@@ -25,9 +26,10 @@ import random
 import sys
 import time
 from collections import defaultdict
+from contextlib import redirect_stdout
 from functools import partial
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +68,11 @@ class Row:
         self.path = []               # where in the row the tokens of the newest text stand
         self.asked = []              # of each text: its number, where it predicts what targets
 
+    @property
+    def plain(self):
+        """Whether there are no branches: a text, and beginnings of it."""
+        return all(end == FOREVER for end in self.ends)
+
     def shared(self, ids):
         """How many tokens ids begins with like the newest text."""
         n = min(len(ids), len(self.path))
@@ -96,27 +103,28 @@ def rows_of(texts, size):
 
 
 def batches(rows, most):
-    """Lists of rows with at most so many texts, or of one row; the longest first, so that memory
-    suffices for all or ends at once."""
-    batch, texts = [], 0
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and texts + len(row.asked) > most:
+    """Lists of rows with at most so many texts, or of one row; the longest first. Trees by
+    themselves: one among them, and plain texts would need a mask, too."""
+    for plain in False, True:
+        batch, texts = [], 0
+        for row in sorted((row for row in rows if row.plain is plain), key=lambda r: -len(r.ids)):
+            if batch and texts + len(row.asked) > most:
+                yield batch
+                batch, texts = [], 0
+            batch.append(row)
+            texts += len(row.asked)
+        if batch:
             yield batch
-            batch, texts = [], 0
-        batch.append(row)
-        texts += len(row.asked)
-    if batch:
-        yield batch
 
 
 def lay_out(rows, device):
-    """Rows as Llama.states takes them: ids (B, T), and their places or None where each is a plain
-    text."""
-    T = -(-len(rows[0].ids) // 8) * 8                      # kernels want masks in multiples of 8
+    """Rows as Llama.states takes them: ids (B, T), and their places, or None for plain ones."""
+    T = 8 * math.ceil(max(1, len(rows[0].ids)) / 8)        # kernels want masks in multiples of 8
     filled = [[column + [filler] * (T - len(column)) for column, filler in (
         (row.ids, 0), (row.positions, 0), (row.ends, FOREVER))] for row in rows]
-    ids, positions, ends = torch.tensor(filled, device=device).unbind(1)                # (B, T)
-    if all(end == FOREVER for row in rows for end in row.ends):
+    filled = torch.tensor(filled, dtype=torch.long, device=device)
+    ids, positions, ends = filled.unbind(1)                                             # (B, T)
+    if rows[0].plain:
         return ids, None
     i = torch.arange(T, device=device)
     return ids, (positions, ((i <= i[:, None]) & (i[:, None] < ends[:, None]))[:, None])
@@ -125,7 +133,7 @@ def lay_out(rows, device):
 @torch.inference_mode()
 def likelihoods(model, texts, batch, done=lambda texts: None):
     """Of each of texts, (ids, targets) where the last states behind ids predict the targets: (their
-    log-likelihood in nats, whether no token is likelier than any of them). `batch` at a time."""
+    log-likelihood in nats, whether each is the likeliest token there). `batch` texts at a time."""
     answers, device = [None] * len(texts), model.embed.weight.device
     for rows in batches(rows_of(texts, model.config.context), batch):
         ids, places = lay_out(rows, device)
@@ -138,11 +146,13 @@ def likelihoods(model, texts, batch, done=lambda texts: None):
         for at, targets in zip(at.split(PART), targets.split(PART)):
             logits = model.head(x[at]).float()                                      # (n, V)
             nats.append(-F.cross_entropy(logits, targets, reduction="none"))
-            first.append(logits.gather(1, targets[:, None])[:, 0] == logits.amax(1))
+            likeliest = logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)
+            likeliest[likeliest.clone()] = logits[likeliest].argmax(1) == targets[likeliest]
+            first.append(likeliest)                         # of equals the first, as in generation
         each = [len(targets) for _, _, targets in asked]
-        for (number, _, _), own, likeliest in zip(asked, torch.cat(nats).cpu().split(each),
-                                                  torch.cat(first).cpu().split(each)):
-            answers[number] = own.double().sum().item(), likeliest.all().item()
+        for (number, _, _), own, greedy in zip(asked, torch.cat(nats).cpu().split(each),
+                                               torch.cat(first).cpu().split(each)):
+            answers[number] = own.double().sum().item(), greedy.all().item()
         done(len(asked))
     return answers
 
@@ -160,16 +170,18 @@ def windows(ids, bos_id, context):
 # The model as lm-evaluation-harness wants it
 
 def generation(how, context):
-    """(stop strings, most new tokens, settings of sample.choose) of a task's generation_kwargs. At
-    least half of the context is for the prompt."""
-    until = how.get("until") or []
-    asked = [how[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if key in how]
-    new = int(asked[0]) if asked else 256                                # the harness' default
-    temperature = how.get("temperature", 1.0 if how.get("do_sample") else 0.0)
-    return (list(filter(None, [until] if isinstance(until, str) else until)),
+    """(stop strings, most new tokens, settings of sample.choose) of a task's generation_kwargs. Who
+    wants more tokens than the context holds gets half of it, and the prompt the other half."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+    how = normalize_gen_kwargs(how)
+    until, new = how.get("until") or [], how["max_gen_toks"]
+    known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+    if set(how) - known:
+        raise ValueError(f"generation_kwargs {sorted(set(how) - known)} are not implemented")
+    return ([stop for stop in ([until] if isinstance(until, str) else until) if stop],
             new if new < context else context // 2,
-            {"temperature": temperature if how.get("do_sample", True) else 0.0,
-             "top_k": how.get("top_k", 0), "top_p": how.get("top_p", 1.0)})
+            {"temperature": how.get("temperature", 1.0 if how["do_sample"] else 0.0),
+             "top_k": how.get("top_k") or 0, "top_p": how.get("top_p") or 1.0})
 
 
 def remembering(path):
@@ -203,6 +215,7 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_):
         texts = []
         for _, context, continuation in requests:
+            context = context or [self.prefix_token_id]          # it was nothing but spaces
             ids = (context + continuation)[-self.context - 1:-1]
             texts.append((ids, continuation[max(0, len(continuation) - len(ids)):]))
             self.cut += len(context) + len(continuation) - 1 > self.context
@@ -293,7 +306,8 @@ SUITES = {
          "TinyLlama v1.1": (61.47, 36.80, 59.43, 32.68, 55.47, 55.99, 73.56, 53.63),
          "v1.1 Math & Code": (60.80, 36.40, 60.22, 33.87, 55.20, 57.09, 72.69, 53.75),
          "v1.1 Chinese": (58.23, 35.20, 59.27, 31.40, 55.35, 61.41, 73.01, 53.41)},
-        "0-shot; acc_norm, by length in characters, but acc for WinoGrande and BoolQ"),
+        "published 0-shot, without BOS, in fp32; acc_norm, by length in characters, but acc for "
+        "WinoGrande and BoolQ"),
     "problem_solving": Suite(
         {"MMLU": ("mmlu", "acc", 5), "BBH": ("bbh_fewshot", "exact_match", 3),
          "HumanEval": ("humaneval", "pass@1", 0), "DROP": ("drop", "em", 3)},
@@ -304,7 +318,7 @@ SUITES = {
          "TinyLlama v1.1": (26.58, 29.27, 6.71, 15.21, 19.44),
          "v1.1 Math & Code": (24.60, 26.35, 15.24, 18.54, 21.18),
          "v1.1 Chinese": (26.35, 30.04, 4.88, 15.75, 19.26)},
-        "the published numbers are InstructEval's, with other prompts, examples and matching of "
+        "published numbers are InstructEval's, with BOS, other prompts, examples and matching of "
         "answers: near, not the same"),
     "chinese": Suite(
         {"XWinograd": ("xwinograd_zh", "acc", 0), "XStoryCloze": ("xstorycloze_zh", "acc", 0),
@@ -316,7 +330,7 @@ SUITES = {
          "TinyLlama v1.1": (55.75, 47.98, 34.70, 51.40, 47.46),
          "v1.1 Math & Code": (63.69, 56.32, 33.57, 57.00, 52.64),
          "v1.1 Chinese": (74.20, 60.29, 33.77, 65.20, 58.37)},
-        "0-shot, acc; the paper names no harness"),
+        "published 0-shot, acc; the paper names no harness"),
 }
 
 # the commonsense suite for checkpoints of v1.0, by tokens (EVAL.md of the original's repository)
@@ -340,7 +354,7 @@ def asked_for(args):
     known = {task: (metric, shots) for suite in SUITES.values()
              for task, metric, shots in suite.columns.values()}
     found = {}
-    for name in args.tasks.split(",") if args.tasks else ():
+    for name in filter(None, map(str.strip, (args.tasks or "").split(","))):
         for task in [c[0] for c in SUITES[name].columns.values()] if name in SUITES else [name]:
             metric, shots = known.get(task, (None, None))
             found[task] = metric, shots if args.num_fewshot is None else args.num_fewshot
@@ -365,7 +379,8 @@ def load_tasks(asked, args):
             sys.exit(f"lm-evaluation-harness has no task {name}"
                      + f"; near it are {', '.join(near)}" * bool(near)
                      + "; tasks of your own are found with --include_path=FOLDER")
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # such tasks cannot even be loaded without
+    os.environ |= {"HF_ALLOW_CODE_EVAL": "1",    # such tasks cannot even be loaded without
+                   "DISABLE_MULTIPROC": "1"}     # errors are estimated in this process
     for name, (_, shots) in asked.items():
         random.seed(0)                           # some tasks shuffle as they are read
         why = None
@@ -375,7 +390,7 @@ def load_tasks(asked, args):
                                          for task in found[name]["tasks"].values()):
                 why = "it runs code that the model writes, on this machine: allow it by --run_code"
         except Exception as error:     # of the network, the hub, the reader of a file or the task
-            why = f"it cannot be loaded: {error}"
+            why = f"it cannot be loaded: {type(error).__name__}: {error}"
         if why:
             print(f"{name} is left out: {why}", file=sys.stderr)
             left_out.append(name)
@@ -383,8 +398,10 @@ def load_tasks(asked, args):
             continue
         for task in found[name]["tasks"].values():
             own = task.get_config("num_fewshot")
-            if own != 0:                         # a task that says 0 means it
+            if own != 0:
                 task.set_config(key="num_fewshot", value=own or 0 if shots is None else shots)
+            elif shots:                          # the harness takes that for a part of the task
+                print(f"{task.task_name} is without examples: it says so itself", file=sys.stderr)
     return found, left_out
 
 
@@ -397,8 +414,9 @@ def measure(lm, loaded, args):
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=1234)
     lm.cut, lm.requests, start = 0, 0, time.perf_counter()
-    found = lm_eval.evaluate(lm, loaded, limit=args.limit, bootstrap_iters=1000,
-                             log_samples=False, confirm_run_unsafe_code=args.run_code)
+    with redirect_stdout(sys.stderr):            # it prints, too
+        found = lm_eval.evaluate(lm, loaded, limit=args.limit, bootstrap_iters=1000,
+                                 log_samples=False, confirm_run_unsafe_code=args.run_code)
     return {"results": found["results"], "num_fewshot": found["n-shot"],
             "questions": found["n-samples"], "versions": found["versions"],
             "lm_eval": lm_eval.__version__, "requests": lm.requests, "cut": lm.cut,
@@ -424,33 +442,36 @@ def score_of(results, wanted=None):
 # Texts
 
 def read_text(name, folder, tokenizer, context, args):
-    """(texts [(ids, targets), ...] in which each token of `name` is predicted once, how many bytes
-    that is, how many rows were lost): the documents of files, each behind BOS, or a source's
-    validation windows, as training evaluates them."""
+    """(texts (ids, targets), one after the other, in which each token of `name` is predicted once;
+    how many bytes that is; how many rows were lost): the documents of files, each behind BOS, or a
+    source's validation windows, as training evaluates them."""
     if (Path(name) / "source.json").exists():
         source, own = Source(name, "val", context), folder / "tokenizer.model"
         if not source.windows:
-            sys.exit(f"the validation part of {name} is shorter than the context of {context}")
+            sys.exit(f"its validation part is shorter than the context of {context}")
         if source.header.vocab_size != tokenizer.size or own.exists() and (
                 sha256(own.read_bytes()).hexdigest() != source.header.tokenizer):
-            sys.exit(f"{name} was written with another tokenizer than that of {folder}: "
+            sys.exit(f"it was written with another tokenizer than that of {folder}: "
                      "give the text itself")
-        ids = [source.window(i).tolist() for i in range(source.windows)[:args.limit]]
-        return ([(window[:-1], window[1:]) for window in ids],
-                len(ids) * context * source.info["bytes"] / source.info["tokens"], 0)
+        some = range(source.windows)[:args.limit]
+        return (((window[:-1], window[1:]) for window in (source.window(i).tolist() for i in some)),
+                len(some) * context * source.info["bytes"] / source.info["tokens"], 0)
     strings, lost = prepare.all_texts(prepare.list_files([name]), prepare.Choice(args.text_key))
     strings = strings[:args.limit]
-    return ([text for string in strings
-             for text in windows(tokenizer.encode(string), tokenizer.bos_id, context)],
+    return ((text for string in strings
+             for text in windows(tokenizer.encode(string), tokenizer.bos_id, context)),
             sum(len(string.encode()) for string in strings), lost)
 
 
 def measure_text(lm, name, folder, args):
     """Bits per byte of a text, and how it came to them."""
-    start = time.perf_counter()
+    start, nats, tokens = time.perf_counter(), 0.0, 0
     texts, size, lost = read_text(name, folder, lm.tokens, lm.context, args)
-    nats = -sum(own for own, _ in lm.answer(texts))
-    tokens = sum(len(targets) for _, targets in texts)
+    with tqdm(desc="tokens", unit_scale=True, disable=None) as bar:
+        while some := list(islice(texts, 64 * lm.batch)):
+            nats -= sum(own for own, _ in likelihoods(lm.model, some, lm.batch))
+            bar.update(sum(len(targets) for _, targets in some))
+            tokens += sum(len(targets) for _, targets in some)
     return {"bits_per_byte": nats / math.log(2) / size, "nats_per_token": nats / tokens,
             "tokens": tokens, "bytes": size, "lost_rows": lost,
             "seconds": time.perf_counter() - start}
@@ -507,52 +528,53 @@ def tables(runs, asked, args):
             [["", *(f"{task}, {metric}" for task, metric in others.items())],
              *([name, *(cell(run["scores"].get(task)) for task in others)]
                for name, run in runs.items())]))
-    if asked:
-        parts.append(("With BOS, as the harness measures today" if args.bos else
-                      "Without BOS, as the published numbers were measured")
-                     + f"; the first {args.limit} of each task" * bool(args.limit))
     if args.text:
         parts.append(markdown([["bits a byte", *args.text], *(
-            [name, *(f"{run['bits'][text]:.4f}" for text in args.text)]
-            for name, run in runs.items())]))
+            [name, *(f"{run['bits'][text]:.4f}" if text in run["bits"] else ""
+                     for text in args.text)] for name, run in runs.items())]))
+    how = ["ours with BOS" if args.bos else "ours without BOS"] * bool(asked) + [
+        f"{key} {getattr(args, key)}" for key in ("num_fewshot", "limit", "quantize")
+        if getattr(args, key) is not None]
+    parts.append(", ".join([*how, *{run["dtype"]: 0 for run in runs.values()}]))
     return "\n\n".join(parts)
 
 
 def draw(runs, out):
     """The scores and bits a byte of runs over their tokens, a panel each, to the PNG `out`: figure
     2 of the paper, with Pythia-1.4B and the checkpoints of TinyLlama v1.0."""
-    plt = plot.pyplot()
-    panels = defaultdict(list)
+    plt, panels = plot.pyplot(), defaultdict(lambda: defaultdict(list))
     for run in runs.values():
         for task, (metric, value, error) in run["scores"].items():
-            panels[task, metric].append((run["tokens"], value, error or 0))
+            panels[task, metric][run["of"]].append((run["tokens"], value, error or 0))
         for text, bits in run["bits"].items():
-            panels[text, "bits a byte"].append((run["tokens"], bits, 0))
+            panels[text, "bits a byte"][run["of"]].append((run["tokens"], bits, 0))
     across = min(4, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // across), across, squeeze=False, sharex=True,
+    figure, axes = plt.subplots(-(-len(panels) // across), across, squeeze=False,
                                 figsize=(3 * across + 1, 2.6 * -(-len(panels) // across)),
                                 layout="constrained")
     for ax in axes.flat[len(panels):]:
         ax.remove()
     published = {task: (c, suite) for suite in SUITES.values()
                  for c, (task, *_) in enumerate(suite.columns.values())}
-    for ax, ((name, what), points) in zip(axes.flat, panels.items()):
-        tokens, values, errors = zip(*sorted(points))
-        ax.errorbar(tokens, values, errors, marker=".", linewidth=1.2, color="black")
+    for ax, ((name, what), lines) in zip(axes.flat, panels.items()):
+        for k, (of, points) in enumerate(lines.items()):
+            tokens, values, errors = zip(*sorted(points))
+            ax.errorbar(tokens, values, errors, marker=".", linewidth=1.2, label=of,
+                        color="black" if k == 0 else f"C{k + 1}")
         if name in published:
             c, suite = published[name]
             ax.axhline(suite.published["Pythia-1.4B"][c], color="C0", linestyle="--", linewidth=0.8,
                        label="Pythia-1.4B")
-            seen = {n: scores[c] for n, scores in V1.items() if n <= 1.1 * tokens[-1]}
+            most = 1.1 * max(tokens for points in lines.values() for tokens, _, _ in points)
+            seen = {n: scores[c] for n, scores in V1.items() if n <= most}
             if suite is SUITES["commonsense"] and seen:
                 ax.plot(seen.keys(), seen.values(), color="C1", linestyle=":", marker=".",
                         label="TinyLlama v1.0")
-            ax.legend(fontsize="x-small")
+        ax.legend(fontsize="x-small")
         ax.set_title(f"{name}, {what}", fontsize="small")
         ax.grid(alpha=0.2)
         ax.xaxis.set_major_formatter(plot.short)
-    for ax in axes[-1]:
-        ax.set_xlabel("tokens")
+    figure.supxlabel("tokens")
     plot.write(figure, out)
 
 
@@ -570,10 +592,11 @@ def parse_args(argv):
                         help="bits per byte of files or a folder data/NAME; may be repeated")
     parser.add_argument("--text_key", default="text", help="of files with rows")
     parser.add_argument("--bos", action="store_true", help="begin texts with BOS, as the harness "
-                        "does today; the published numbers are without")
+                        "does today; the published ones of commonsense are without")
     parser.add_argument("--num_fewshot", type=int, help="examples in a prompt; default: the "
                         "suite's, or the task's")
-    parser.add_argument("--limit", type=int, help="only so many questions of a task, or documents")
+    parser.add_argument("--limit", type=int, help="only so many questions of a task, documents "
+                        "of a file, or windows of a source")
     parser.add_argument("--batch", type=int, default=16, help="requests at once")
     parser.add_argument("--include_path", metavar="FOLDER", help="with tasks of your own, in YAML")
     parser.add_argument("--run_code", action="store_true", help="run code that the model writes "
@@ -586,6 +609,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not args.tasks and not args.text:
         args.tasks = "commonsense"
+    if "" in args.text:
+        sys.exit("--text= names nothing")
     for name, least in ("limit", 1), ("batch", 1), ("num_fewshot", 0):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -598,9 +623,10 @@ def parse_args(argv):
 def record(folder, name, found, args):
     """Writes what was found of a task or text to `folder`/eval/, in a file of its own for each
     choice that changes numbers."""
-    how = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize", "dtype")}
+    how = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize", "dtype",
+                                               "text_key")}
     words = [key if value is True else f"{key}={value}" for key, value in how.items()
-             if value is not None and value is not False]
+             if value not in (None, "text") and value is not False]
     path = folder / "eval" / (",".join([name.replace("/", "_"), *words]) + ".json")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -610,36 +636,40 @@ def record(folder, name, found, args):
 
 
 def evaluate(folder, tasks, asked, args, left_out):
-    """{"tokens", "scores", "bits"} of a checkpoint; tokens is None where nothing says how many it
-    has seen. Adds texts of which rows were lost to left_out."""
+    """{"tokens", "of", "dtype", "scores", "bits"} of a checkpoint; tokens is None where nothing
+    says how many it has seen. Adds to left_out what could not be measured, or not whole."""
     model, tokenizer = load_model(folder, args.quantize, args.dtype and getattr(torch, args.dtype))
     if (folder / "tokenizer.model").exists():
         tokenizer.encode = remembering(folder / "tokenizer.model")
-    state = folder / "training" / "state.json"
-    run = {"tokens": read_json(state)["tokens"] if state.exists() else None, "scores": {},
-           "bits": {}}
-    weight = model.embed.weight
-    dtype = str(weight.dtype)[6:]
-    print(f"{folder}: {count(model):,} parameters, {args.quantize or dtype}, {weight.device}",
-          file=sys.stderr)
+    state, weight = folder / "training" / "state.json", model.embed.weight
+    run = {"tokens": read_json(state)["tokens"] if state.exists() else None,
+           "of": str(folder.parent), "dtype": str(weight.dtype)[6:], "scores": {}, "bits": {}}
+    print(f"{folder}: {count(model):,} parameters, {args.quantize or run['dtype']}, "
+          f"{weight.device}", file=sys.stderr)
     lm = Adapter(model, tokenizer, args.bos, args.batch, args.quantize)
-    how = {"tokens_seen": run["tokens"], "batch": args.batch, "computed_in": dtype}
-    for name, loaded in tasks.items():
-        print(name, "with BOS" if args.bos else "without BOS", file=sys.stderr)
-        found = measure(lm, loaded, args)
-        record(folder, name, how | found, args)
+    how = {"tokens_seen": run["tokens"], "batch": args.batch, "computed_in": run["dtype"]}
+    for name in (*args.text, *tasks):
+        text = name not in tasks
+        print(name, "" if text else "with BOS" if args.bos else "without BOS", file=sys.stderr)
+        try:
+            found = measure_text(lm, name, folder, args) if text else measure(
+                lm, tasks[name], args)
+        except (Exception, SystemExit) as error:   # of its data, its template, its metric, memory
+            kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+            print(f"{name} is left out: {kind}{error}", file=sys.stderr)
+            left_out.append(name)
+            continue
+        record(folder, f"text,{name}" if text else name, how | found, args)
+        if text:
+            run["bits"][name] = found["bits_per_byte"]
+            left_out += [name] * (found["lost_rows"] > 0)
+            continue
         if lm.cut:
             print(f"{name}: {lm.cut} of {lm.requests} requests did not fit the context of "
                   f"{lm.context} and lost their beginning", file=sys.stderr)
         scores = {task: score for task in (name, *found["num_fewshot"])
                   if (score := score_of(found["results"].get(task, {}), asked[name][0]))}
         run["scores"] |= {name: scores[name]} if name in scores else scores
-    for name in args.text:
-        print(name, file=sys.stderr)
-        found = measure_text(lm, name, folder, args)
-        record(folder, f"text,{name}", how | found, args)
-        run["bits"][name] = found["bits_per_byte"]
-        left_out += [name] * (found["lost_rows"] > 0)
     return run
 
 
@@ -648,21 +678,27 @@ def main(argv):
     folders, runs = {}, {}
     for name in args.checkpoints or [None]:
         folder = find_model(name)
-        folders[str(folder) if name is None or str(folder).startswith(name) else name] = folder
         read_json(folder / "config.json")        # what is not there is named before hours of work
+        name = str(folder) if name is None or folder.resolve().is_relative_to(
+            Path(name).resolve()) else name
+        folders.setdefault(folder.resolve(), (name, folder))
     for name in args.text:
         if not (Path(name) / "source.json").exists():
             prepare.list_files([name])
+    if len(folders) > 1:
+        plot.pyplot()
     asked = asked_for(args)
     tasks, left_out = load_tasks(asked, args) if asked else ({}, [])
-    for name, folder in folders.items():
+    for name, folder in folders.values():
+        gc.collect()                             # what compiled the one before holds its weights
         run = evaluate(folder, tasks, asked, args, left_out)
         words = "" if run["tokens"] is None else f", {plot.short(run['tokens'])} tokens"
         runs[name + words] = run
     print(tables(runs, asked, args))
-    seen = {name: run for name, run in runs.items() if run["tokens"] is not None}
+    seen = {name: run for name, run in runs.items()
+            if run["tokens"] is not None and (run["scores"] or run["bits"])}
     if len(seen) > 1:
-        out = args.out or str(next(iter(folders.values())).parent / "eval.png")
+        out = args.out or str(folder.parent / "eval.png")
         draw(seen, out)
         print(out, file=sys.stderr)
     if left_out:
@@ -674,5 +710,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ModelError, DataError, prepare.Unreadable) as error:
         sys.exit(str(error))
+    except BrokenPipeError:                      # whoever read the tables has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("\nstopped; what was measured is in CHECKPOINT/eval/")
