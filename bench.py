@@ -9,10 +9,10 @@
     python bench.py generate CHECKPOINT --quality              what int8 and int4 cost
     python bench.py eval [CHECKPOINT]   questions answered, and lm-evaluation-harness' own way
 
-What is timed is train.py's own train_step, tokenizer.py's Encoder and sample.py's generate. Each
-measurement has a process to itself, so that none profits from what another one compiled, cached or
-allocated. Machines are shared and clocks wander: only ratios within one run mean anything, and what
-is compared is measured twice, in turns.
+What is timed is train.py's own train_step, tokenizer.py's Encoder, sample.py's generate and
+eval.py's Adapter. Each measurement has a process to itself, so that none profits from what another
+one compiled, cached or allocated. Machines are shared and clocks wander: only ratios within one run
+mean anything, and what is compared is measured twice or more, in turns.
 
 MFU, model FLOPs utilization (PaLM, arXiv 2204.02311), is the FLOP/s that the model asks for over
 those that the hardware promises. Two counts of a token's FLOPs are customary, and the same run
@@ -50,7 +50,6 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -876,12 +875,12 @@ def bench_quality(args):
 
 def demo_model(out):
     """A folder with an untrained model of the demo's shape, and a tokenizer as large as its."""
-    llama_bytes = prepare.train_tokenizer(prepare.documentation(), 4096)
+    tokenizer = prepare.train_tokenizer(prepare.documentation(), 4096)
     cfg = load(["config_demo.py"], TrainConfig)
     shape = {field.name: getattr(cfg, field.name) for field in fields(model.ModelConfig)}
     model.Llama(model.ModelConfig(**shape | {"vocab_size": 4096})).init_weights().save_pretrained(
         out)
-    write_tokenizer(out, llama_bytes)
+    write_tokenizer(out, tokenizer)
     return out
 
 
@@ -903,8 +902,8 @@ def measure_answers(ours, folder, dtype, batch, asked):
     """{kind: (questions a second, the answers)}, by our adapter or the harness' own."""
     from lm_eval.api.instance import Instance
     if ours:
-        adapter = import_module("eval")
-        lm = adapter.Adapter(*load_model(folder, None, dtype), False, batch)
+        from eval import Adapter
+        lm = Adapter(*load_model(folder, None, dtype), False, batch)
     else:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -929,10 +928,11 @@ def bench_eval(args):
     for name in "batch", "questions":
         if getattr(args, name) < 1:
             sys.exit(f"--{name} must be above 0, got {getattr(args, name)}")
-    device, asked = find_device(), requests_of(args.questions)
+    device = find_device()
     dtype = getattr(torch, args.dtype) if args.dtype else find_dtype(device)[0]
     print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]}; "
           f"{args.batch} requests at once")
+    asked = requests_of(args.questions)
     with tempfile.TemporaryDirectory() as folder:
         source = find_model(args.checkpoint) if args.checkpoint else demo_model(Path(folder))
         runs = {name: [] for name in ("ours", "transformers")}

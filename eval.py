@@ -361,6 +361,35 @@ def asked_for(args):
     return found
 
 
+def attempt(name, left_out, work, *args):
+    """What work(*args) returns; or None where it fails, and then `name` is left out."""
+    try:
+        return work(*args)
+    except (Exception, SystemExit) as error:     # of its data, its template, its metric, memory
+        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+        print(f"{name} is left out: {kind}{error}", file=sys.stderr)
+        left_out.append(name)
+
+
+def load_task(manager, name, shots, run_code):
+    """What the harness loads for a name: a task, or several."""
+    random.seed(0)                               # some tasks shuffle as they are read
+    try:
+        loaded = manager.load([name])
+    except Exception as error:         # of the network, the hub, the reader of a file or the task
+        sys.exit(f"it cannot be loaded: {type(error).__name__}: {error}")
+    tasks = loaded["tasks"].values()
+    if not run_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
+        sys.exit("it runs code that the model writes, on this machine: allow it by --run_code")
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config(key="num_fewshot", value=own or 0 if shots is None else shots)
+        elif shots:                              # the harness takes that for a part of the task
+            print(f"{task.task_name} is without examples: it says so itself", file=sys.stderr)
+    return loaded
+
+
 def load_tasks(asked, args):
     """({task: what the harness loads for it}, the tasks that were left out)."""
     if TemplateLM is object:
@@ -368,7 +397,6 @@ def load_tasks(asked, args):
     from lm_eval.tasks import TaskManager
     for noisy in "lm_eval", "huggingface_hub", "datasets":
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    found, left_out = {}, []
     # the harness takes some seconds to list its 14,000 tasks; local ones need not wait for that
     manager = TaskManager(include_path=args.include_path, include_defaults=False)
     if not set(asked) <= set(manager.all_subtasks):
@@ -381,27 +409,10 @@ def load_tasks(asked, args):
                      + "; tasks of your own are found with --include_path=FOLDER")
     os.environ |= {"HF_ALLOW_CODE_EVAL": "1",    # such tasks cannot even be loaded without
                    "DISABLE_MULTIPROC": "1"}     # errors are estimated in this process
+    found, left_out = {}, []
     for name, (_, shots) in asked.items():
-        random.seed(0)                           # some tasks shuffle as they are read
-        why = None
-        try:
-            found[name] = manager.load([name])
-            if not args.run_code and any(getattr(task, "UNSAFE_CODE", False)
-                                         for task in found[name]["tasks"].values()):
-                why = "it runs code that the model writes, on this machine: allow it by --run_code"
-        except Exception as error:     # of the network, the hub, the reader of a file or the task
-            why = f"it cannot be loaded: {type(error).__name__}: {error}"
-        if why:
-            print(f"{name} is left out: {why}", file=sys.stderr)
-            left_out.append(name)
-            found.pop(name, None)
-            continue
-        for task in found[name]["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own != 0:
-                task.set_config(key="num_fewshot", value=own or 0 if shots is None else shots)
-            elif shots:                          # the harness takes that for a part of the task
-                print(f"{task.task_name} is without examples: it says so itself", file=sys.stderr)
+        if loaded := attempt(name, left_out, load_task, manager, name, shots, args.run_code):
+            found[name] = loaded
     return found, left_out
 
 
@@ -648,28 +659,22 @@ def evaluate(folder, tasks, asked, args, left_out):
           f"{weight.device}", file=sys.stderr)
     lm = Adapter(model, tokenizer, args.bos, args.batch, args.quantize)
     how = {"tokens_seen": run["tokens"], "batch": args.batch, "computed_in": run["dtype"]}
-    for name in (*args.text, *tasks):
-        text = name not in tasks
-        print(name, "" if text else "with BOS" if args.bos else "without BOS", file=sys.stderr)
-        try:
-            found = measure_text(lm, name, folder, args) if text else measure(
-                lm, tasks[name], args)
-        except (Exception, SystemExit) as error:   # of its data, its template, its metric, memory
-            kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-            print(f"{name} is left out: {kind}{error}", file=sys.stderr)
-            left_out.append(name)
-            continue
-        record(folder, f"text,{name}" if text else name, how | found, args)
-        if text:
+    for name in args.text:
+        print(name, file=sys.stderr)
+        if found := attempt(name, left_out, measure_text, lm, name, folder, args):
+            record(folder, f"text,{name}", how | found, args)
             run["bits"][name] = found["bits_per_byte"]
             left_out += [name] * (found["lost_rows"] > 0)
-            continue
-        if lm.cut:
-            print(f"{name}: {lm.cut} of {lm.requests} requests did not fit the context of "
-                  f"{lm.context} and lost their beginning", file=sys.stderr)
-        scores = {task: score for task in (name, *found["num_fewshot"])
-                  if (score := score_of(found["results"].get(task, {}), asked[name][0]))}
-        run["scores"] |= {name: scores[name]} if name in scores else scores
+    for name, loaded in tasks.items():
+        print(name, "with BOS" if args.bos else "without BOS", file=sys.stderr)
+        if found := attempt(name, left_out, measure, lm, loaded, args):
+            record(folder, name, how | found, args)
+            if lm.cut:
+                print(f"{name}: {lm.cut} of {lm.requests} requests did not fit the context of "
+                      f"{lm.context} and lost their beginning", file=sys.stderr)
+            scores = {task: score for task in (name, *found["num_fewshot"])
+                      if (score := score_of(found["results"].get(task, {}), asked[name][0]))}
+            run["scores"] |= {name: scores[name]} if name in scores else scores
     return run
 
 

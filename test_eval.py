@@ -561,6 +561,16 @@ def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):
     assert code == 3 and "another tokenizer" in err
 
 
+def test_a_text_may_be_called_as_a_task_is(run, folder, tmp_path, monkeypatch):
+    """Both are asked for by name, and the task would be measured twice."""
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "a.txt").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(folder, "--text=piqa", "--tasks=piqa", "--limit=3")
+    bits = json.loads((folder / "eval/text,piqa,limit=3.json").read_text())["bits_per_byte"]
+    assert code == 0 and f"{bits:.4f}" in out and "| PIQA" in out
+
+
 def test_texts_need_no_harness(folder, tmp_path, monkeypatch, capsys):
     """758 MB of packages for a number that needs none."""
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
