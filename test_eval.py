@@ -572,7 +572,7 @@ def test_a_text_may_be_called_as_a_task_is(run, folder, tmp_path, monkeypatch):
 
 
 def test_texts_need_no_harness(folder, tmp_path, monkeypatch, capsys):
-    """758 MB of packages for a number that needs none."""
+    """650 MB of packages for a number that needs none."""
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     spec = importlib.util.spec_from_file_location("alone", evaluation.__file__)
     alone = importlib.util.module_from_spec(spec)
