@@ -66,7 +66,8 @@ import prepare
 import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
-from model import find_device, find_dtype
+from device import (device_name, disable_malloc_trim, find_device, find_dtype, memory_used,
+                    peak_flops)
 from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, load_model,
                     only_read, size_of)
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
@@ -247,14 +248,14 @@ def measure_training(cfg, batch, seconds, left_out=()):
     device = world.device
     do_without(left_out)
     if "memory kept" not in left_out:
-        train.keep_memory()
+        disable_malloc_trim()
     dtype = torch.float32 if "bf16" in left_out else train.choose_dtype(cfg, device)[0]
     compiled = "compilation" not in left_out and compiles(cfg, device)[0]
     micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
     counted = sum(train.memory_needed(llama, cfg, 1, micro, dtype, device, compiled))
-    empty = train.memory_used(device)
+    empty = memory_used(device)
     called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing)
     train.init_weights(llama, cfg)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
@@ -279,7 +280,7 @@ def measure_training(cfg, batch, seconds, left_out=()):
     splits = [split_of_a_step(step, called, optimizer, device) for _ in range(3)]
     return {"seconds": taken, "data": reading, "micro": micro, "dtype": str(dtype)[6:],
             "parts": {part: median(split[part] for split in splits) for part in splits[0]},
-            "counted": counted, "memory": train.memory_used(device), "empty": empty}
+            "counted": counted, "memory": memory_used(device), "empty": empty}
 
 
 def measure_transformers(cfg, batch, seconds):
@@ -350,7 +351,7 @@ def bench_train(args):
         print(f"left out: {name}: {reason}")
     # not here: each process counts the peak of the one that started it as its own
     products, copies = in_own_process(machine_limits, device, dtype)
-    card = train.name_of(device)
+    card = device_name(device)
     print(f"torch {torch.__version__}, {card}: products in {str(dtype)[6:]} "
           f"{products / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.1f} GB/s")
 
@@ -379,7 +380,7 @@ def bench_train(args):
 
 def announce(cfg, batch, speed, ours, card, products):
     """Prints what was measured at so many tokens/s, and returns it for the last line."""
-    promised = train.peak_flops(card) if ours["dtype"] == "bfloat16" else None
+    promised = peak_flops(card) if ours["dtype"] == "bfloat16" else None
     peak, whose = promised or products, "the maker promises" if promised else "products reach"
     tokens = batch * cfg.context
     print(f"{speed:,.0f} tokens/s: {tokens:,} tokens a step, in micro-batches of {ours['micro']} "
@@ -450,14 +451,14 @@ def others(texts):
 def measure_encoder(model, texts, seconds):
     """(seconds of passes, seconds of one half after the other, bytes of memory, a hash of that
     half's ids)."""
-    encoder, empty = Encoder(model), train.memory_used(torch.device("cpu"))
+    encoder, empty = Encoder(model), memory_used(torch.device("cpu"))
 
     def encode(texts):
         for _ in encoder.encode(texts):
             pass
 
     taken = passes(encode, texts, seconds)
-    memory = train.memory_used(torch.device("cpu")) - empty
+    memory = memory_used(torch.device("cpu")) - empty
     encoder = Encoder(model)
     encode(texts[::2])
     before = time.perf_counter()
@@ -622,7 +623,7 @@ def measure_generation(folder, quantize, batch, prompt, steps, compile):
     cache = sum(tensor.nbytes for pair in decoder.cache.layers for tensor in pair)
     return {"loading": loading, "compiling": compiling, "reading": reading,
             "steps": np.diff(marks).tolist()[1:], "bytes": weights + cache,
-            "stored": size_of(llama), "memory": train.memory_used(device), "logits": logits}
+            "stored": size_of(llama), "memory": memory_used(device), "logits": logits}
 
 
 def measure_transformers_generation(folder, quantize, batch, prompt, steps, compile):
@@ -647,7 +648,7 @@ def measure_transformers_generation(folder, quantize, batch, prompt, steps, comp
             wait(device)
             taken.append(time.perf_counter() - start)
     return {"reading": reading, "steps": taken[1:], "logits": logits,
-            "memory": train.memory_used(device)}
+            "memory": memory_used(device)}
 
 
 def measure_llama_cpp(folder, quantize, batch, prompt, steps, compile):
@@ -671,7 +672,7 @@ def measure_llama_cpp(folder, quantize, batch, prompt, steps, compile):
         llama.eval([ids[i % prompt]])
         taken.append(time.perf_counter() - start)
     return {"reading": reading, "steps": taken[1:], "logits": logits,
-            "memory": train.memory_used(torch.device("cpu"))}
+            "memory": memory_used(torch.device("cpu"))}
 
 
 GGUF = {None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}        # what llama.cpp calls the nearest
@@ -770,7 +771,7 @@ def bench_generate(args):
         if "llama_cpp" in peers:
             in_own_process(write_gguf, source, folder)
         limit = in_own_process(read_limit, device)
-        print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]} ({why}), "
+        print(f"torch {torch.__version__}, {device_name(device)}, {str(dtype)[6:]} ({why}), "
               f"reads {limit / 1e9:.1f} GB/s; {args.batch} of {args.prompt} tokens to continue")
         jobs = [(quantize, name, measure) for quantize in args.precisions
                 for name, measure in {"ours": measure_generation, **peers}.items()
@@ -930,7 +931,7 @@ def bench_eval(args):
             sys.exit(f"--{name} must be above 0, got {getattr(args, name)}")
     device = find_device()
     dtype = getattr(torch, args.dtype) if args.dtype else find_dtype(device)[0]
-    print(f"torch {torch.__version__}, {train.name_of(device)}, {str(dtype)[6:]}; "
+    print(f"torch {torch.__version__}, {device_name(device)}, {str(dtype)[6:]}; "
           f"{args.batch} requests at once")
     asked = requests_of(args.questions)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,6 @@ import copy
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -483,29 +482,6 @@ class Llama(nn.Module):
             raise ModelError(f"{folder} does not hold the model of its config.json: "
                              f"missing {sorted(missing) or 'nothing'}, "
                              f"unknown {sorted(unknown) or 'nothing'}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Hardware
-
-def find_device():
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def find_dtype(device):
-    """(dtype to compute in on that device, why). What it would only emulate does not count."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the GPU has it"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                 or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16, "the CPU has it"
-    return torch.float32, f"this {device.type} has no bfloat16 of its own"
-
-
-def can_compile(device):
-    """Whether there is a compiler of what torch.compile writes for the device."""
-    return any(map(shutil.which, {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(
-        device.type, ())))
 
 
 # --------------------------------------------------------------------------------------------------

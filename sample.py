@@ -35,8 +35,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (KVCache, Linear, Llama, ModelError, can_compile, find_device, find_dtype,
-                   read_json)
+from device import can_compile, find_device, find_dtype
+from model import KVCache, Linear, Llama, ModelError, read_json
 
 
 # --------------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_generation_is_measured(small, here, capfd):
     rate is that of the weights as they are."""
     main(["generate", str(small), "--prompt=20", "--tokens=9", "--compile=False", "--batch=3"])
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    size = torch.finfo(model.find_dtype(model.find_device())[0]).bits // 8
+    size = torch.finfo(bench.find_dtype(bench.find_device())[0]).bits // 8
     weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192) + 256 * 64
     rows = 2 * (64 * 2 + 32 * 2 + 2 * 192 + 64) + 256
     cache = 2 * 2 * 3 * 2 * 128 * 16 * size

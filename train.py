@@ -20,13 +20,11 @@ if it had been its own from the start, if up to there the two are the same.
 
 says what a recipe will do, without doing it: steps, tokens and epochs, checkpoints, hours.
 """
-import ctypes
 import fcntl
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -56,9 +54,10 @@ from tqdm import tqdm
 
 from config import load
 from data import DataError, Source, counts, parse_stages, sequences
-from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, can_compile, config_from_hf,
-                   find_device, find_dtype, flash_attn_func, hf_name, read_json, safetensors_files,
-                   write_json)
+from device import (can_compile, device_memory, device_name, disable_malloc_trim, find_device,
+                    find_dtype, memory_used, peak_flops)
+from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf,
+                   flash_attn_func, hf_name, read_json, safetensors_files, write_json)
 
 
 @dataclass(frozen=True)
@@ -179,22 +178,6 @@ def split_batch(batch, ranks, micro_batch):
 # --------------------------------------------------------------------------------------------------
 # Hardware
 
-# dense bf16 FLOP/s, from the makers' data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12,
-              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def name_of(device):
-    """What it is called, for people."""
-    return (torch.cuda.get_device_name() if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads")
-
-
-def peak_flops(name):
-    """The FLOP/s in bf16 that the maker of a device so named promises, None if unknown."""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
-
-
 def choose_dtype(cfg, device):
     """(dtype of the computation, why)."""
     if cfg.dtype != "auto":
@@ -213,23 +196,6 @@ def choose_compile(cfg, device, flops):
         return ((True, "a long run") if can_compile(device)
                 else (False, "there is no C++ compiler"))
     return False, "too short a run to repay it" if device.type == "cpu" else f"not on {device.type}"
-
-
-def keep_memory():
-    """Lets glibc keep what is freed for the next step. It would give it back to the kernel, which
-    hands it out again page by page, each cleared: up to a tenth of a step on a CPU."""
-    with suppress(OSError, AttributeError):                  # not everywhere is there a glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: nothing is trimmed
-        mallopt(-4, 0)                                       # M_MMAP_MAX: no block has its own map
-
-
-def memory_used(device):
-    """Peak bytes of this process: on the GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1052,13 +1018,6 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
         blocks + (8 + size) * C + (4 + 2 * size) * cfg.vocab_size // LOSS_PARTS)
 
 
-def memory_there(device):
-    """Bytes of memory: of the GPU, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def main(argv):
     cfg, stages = read_recipe(argv)
     if isinstance(cfg, PlanConfig):
@@ -1066,14 +1025,14 @@ def main(argv):
     # among many, a wish to stop is heard once they train: one that waits for others hears nothing
     stop = Stop() if "RANK" not in os.environ else None
     cfg, train, val = read_sources(cfg, names_of(stages))
-    keep_memory()
+    disable_malloc_trim()
     world = join()
     if world.rank:
         sys.stdout = open(os.devnull, "w")             # one speaks for all
     steps, out_dir = stage_ends(stages)[-1], Path(cfg.out_dir)
     with torch.device("meta"):
         model = Llama(cfg)
-    flops, there = model.flops_per_token(), memory_there(world.device)
+    flops, there = model.flops_per_token(), device_memory(world.device)
     parameters = sum(p.numel() for p in model.parameters())
     dtype, why_dtype = choose_dtype(cfg, world.device)
     compiled, why_compiled = choose_compile(cfg, world.device,
@@ -1090,7 +1049,7 @@ def main(argv):
             print(f"{path} is the end of this recipe, all {steps} steps are done: "
                   f"python sample.py {path}")
             return
-        card = name_of(world.device)
+        card = device_name(world.device)
         by = ("plain products" if (world.device.type, dtype) == ("cpu", torch.bfloat16) else
               "flash-attn" if flash_attn_func and world.device.type == "cuda"
               and dtype == torch.bfloat16 else "SDPA")
