@@ -165,7 +165,7 @@ OPTIMIZATIONS = ["bf16", "SDPA", "attention by rows", "joined products", "loss b
 def cannot(cfg, device):
     """{optimization: why it is left out} of those that this machine or this configuration has no
     use for."""
-    dtype, why_dtype = train.choose_dtype(cfg, device)
+    dtype, why_dtype = find_dtype(device, cfg.dtype)
     reasons = {}
     if dtype == torch.float32:
         reasons["bf16"] = why_dtype
@@ -249,14 +249,16 @@ def measure_training(cfg, batch, seconds, left_out=()):
     do_without(left_out)
     if "memory kept" not in left_out:
         disable_malloc_trim()
-    dtype = torch.float32 if "bf16" in left_out else train.choose_dtype(cfg, device)[0]
+    dtype = torch.float32 if "bf16" in left_out else find_dtype(device, cfg.dtype)[0]
     compiled = "compilation" not in left_out and compiles(cfg, device)[0]
     micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
-    counted = sum(train.memory_needed(llama, cfg, 1, micro, dtype, device, compiled))
+    recompute = train.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
+    counted = sum(train.memory_needed(llama, cfg, 1, micro, dtype, device, compiled, recompute))
     empty = memory_used(device)
-    called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing)
+    called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
+                               recompute)
     train.init_weights(llama, cfg)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
 
@@ -288,7 +290,7 @@ def measure_transformers(cfg, batch, seconds):
     fused."""
     from transformers import LlamaConfig, LlamaForCausalLM
     device = find_device()
-    dtype, _ = train.choose_dtype(cfg, device)
+    dtype, _ = find_dtype(device, cfg.dtype)
     llama = LlamaForCausalLM(LlamaConfig(
         **{theirs: getattr(cfg, ours) for ours, theirs in model.HF_CONFIG.items()},
         use_cache=False)).to(device)
@@ -344,7 +346,7 @@ def bench_train(args):
     cfg, batch = training_of(args, device)
     if args.peers and not find_spec("transformers"):
         sys.exit("--peers needs transformers: pip install -r requirements-dev.txt")
-    dtype, _ = train.choose_dtype(cfg, device)
+    dtype, _ = find_dtype(device, cfg.dtype)
     reasons = cannot(cfg, device)
     measured = [name for name in OPTIMIZATIONS if name not in reasons]
     for name, reason in reasons.items():
@@ -380,7 +382,7 @@ def bench_train(args):
 
 def announce(cfg, batch, speed, ours, card, products):
     """Prints what was measured at so many tokens/s, and returns it for the last line."""
-    promised = peak_flops(card) if ours["dtype"] == "bfloat16" else None
+    promised = peak_flops(card, getattr(torch, ours["dtype"]))
     peak, whose = promised or products, "the maker promises" if promised else "products reach"
     tokens = batch * cfg.context
     print(f"{speed:,.0f} tokens/s: {tokens:,} tokens a step, in micro-batches of {ours['micro']} "
@@ -930,7 +932,7 @@ def bench_eval(args):
         if getattr(args, name) < 1:
             sys.exit(f"--{name} must be above 0, got {getattr(args, name)}")
     device = find_device()
-    dtype = getattr(torch, args.dtype) if args.dtype else find_dtype(device)[0]
+    dtype, _ = find_dtype(device, args.dtype or "auto")
     print(f"torch {torch.__version__}, {device_name(device)}, {str(dtype)[6:]}; "
           f"{args.batch} requests at once")
     asked = requests_of(args.questions)

@@ -1,37 +1,89 @@
-"""The hardware: which device to run on, in which precision, whether code for it can be compiled,
-what its maker promises, and its memory. Found, not configured: each choice comes with its reason."""
+"""The hardware: which device to run on, in which precision, whether code can be compiled for it,
+what its maker promises, its memory. Found, not configured: each choice comes with its reason."""
 import ctypes
 import os
+import re
 import resource
-import shutil
+import subprocess
 import sys
+import time
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-# dense bf16 FLOP/s, from the makers' data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12,
-              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# dense FLOP/s with sums in fp32, (in bf16, in fp32 without TF32), from NVIDIA's data sheets
+PEAK_FLOPS = {"B200": (2250e12, 75e12), "H200 NVL": (835e12, 60e12), "H200": (989e12, 67e12),
+              "H100 NVL": (835e12, 60e12), "H100 PCIe": (756e12, 51e12), "H100": (989e12, 67e12),
+              "A100": (312e12, 19.5e12), "A40": (149.7e12, 37.4e12), "A10": (125e12, 31.2e12),
+              "L40S": (362e12, 91.6e12), "L4": (121e12, 30.3e12), "T4": (None, 8.1e12),
+              "GeForce RTX 5090": (209.5e12, 104.8e12), "GeForce RTX 4090": (165.2e12, 82.6e12),
+              "GeForce RTX 3090": (71e12, 35.6e12)}
 
 
 def find_device():
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator, else the CPU. Exits where there is an NVIDIA GPU that this PyTorch was built
+    for and cannot use: the CPU would take years for the same run."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if not torch.version.cuda:
+        return device
+    try:
+        if device.type == "cuda":
+            archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
+            major, minor = torch.cuda.get_device_capability()
+            if archs and 10 * major + minor < min(archs):
+                raise RuntimeError(f"it has compute capability {major}.{minor}, and this PyTorch "
+                                   f"has code from {min(archs) / 10} on")
+        elif device.type == "cpu" and nvidia_gpu():
+            torch.cuda.init()
+    except Exception as error:                     # PyTorch's own words say which driver it wants
+        version = torch.__version__.split("+")[0]
+        sys.exit(f"there is an NVIDIA GPU, and torch {torch.__version__} cannot use it: {error}\n"
+                 f"Take a newer driver (from 580 on), or pip install torch=={version} --index-url "
+                 "https://download.pytorch.org/whl/cu126, for drivers from 525 and GPUs from 5.0 "
+                 "on; to go on without the GPU: CUDA_VISIBLE_DEVICES= before the command")
+    return device
 
 
-def find_dtype(device):
-    """(dtype to compute in on that device, why). What it would only emulate does not count."""
+def nvidia_gpu():
+    """Whether this machine has an NVIDIA GPU that nobody has hidden from the program."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return any(Path("/dev").glob("nvidia[0-9]*")) or b"GPU" in subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
+    return False
+
+
+def find_dtype(device, wanted="auto"):
+    """(dtype to compute in on that device, why): as wanted, or bf16 where it is not emulated, else
+    fp32."""
+    if device.type == "mps" and wanted == "bfloat16" and torch.__version__ < (2, 13):
+        return torch.float32, "before PyTorch 2.13 attention in bfloat16 on MPS sees later tokens"
+    if wanted != "auto":
+        return getattr(torch, wanted), "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                  or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "the CPU has it"
-    return torch.float32, f"this {device.type} has no bfloat16 of its own"
+    return torch.float32, f"bfloat16 is not taken by itself on this {device.type}"
 
 
-def can_compile(device):
-    """Whether there is a compiler of what torch.compile writes for the device."""
-    return any(map(shutil.which, {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}.get(
-        device.type, ())))
+@lru_cache
+def compile_error(device):
+    """Why torch.compile does not work for the device, None if it does. It needs a C++ compiler for
+    a CPU, a C compiler and triton for a GPU, Python's headers for both, and each may be missing or
+    broken: so something small is compiled, of a size that no cache has."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it is not for {device.type}"
+    try:
+        x = torch.ones(2 + time.time_ns() % 2 ** 20, device=device)
+        torch.compile(lambda x: x.cos() + 1, dynamic=False)(x)
+    except Exception as error:
+        lines = str(error).splitlines()
+        return next((line for line in lines if "error: " in line), lines[0])
 
 
 def device_name(device):
@@ -40,9 +92,12 @@ def device_name(device):
             else f"{device.type}, {torch.get_num_threads()} threads")
 
 
-def peak_flops(name):
-    """The FLOP/s in bf16 that the maker of a device so named promises, None if unknown."""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+def peak_flops(name, dtype):
+    """The FLOP/s that the maker of a device so named promises in dtype, None if unknown. A name may
+    go on with a form and a size, but RTX 4090 Laptop GPU and RTX A4000 are other cards."""
+    for card, (bf16, fp32) in PEAK_FLOPS.items():
+        if re.fullmatch(rf"(NVIDIA |Tesla )*{card}([ -](SXM\d|PCIE|HBM\d\w?|\d+GB))*", name, re.I):
+            return fp32 if dtype == torch.float32 else bf16
 
 
 def device_memory(device):

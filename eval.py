@@ -41,6 +41,7 @@ from tqdm import tqdm
 import plot
 import prepare
 from data import DataError, Source
+from device import compile_error, find_device, find_dtype
 from model import ModelError, read_json
 from sample import (STORED, Decoder, Stream, choose, count, find_model, generate, load_model,
                     repays)
@@ -260,7 +261,8 @@ class Adapter(TemplateLM):
         prompts.sort(key=lambda prompt: -len(prompt[0]))
         rows, most = min(self.batch, len(prompts)), len(prompts[0][0]) + new
         decoder = Decoder(self.model, rows, most, self.tokens.size, repays(
-            self.model, self.quantize, math.ceil(len(prompts) / rows) * new))
+            self.model, self.quantize, math.ceil(len(prompts) / rows) * new)
+            and not compile_error(self.model.embed.weight.device))
         for start in range(0, len(prompts), rows):
             part = prompts[start:start + rows]
             texts, going = [""] * len(part), [True] * len(part)
@@ -649,7 +651,8 @@ def record(folder, name, found, args):
 def evaluate(folder, tasks, asked, args, left_out):
     """{"tokens", "of", "dtype", "scores", "bits"} of a checkpoint; tokens is None where nothing
     says how many it has seen. Adds to left_out what could not be measured, or not whole."""
-    model, tokenizer = load_model(folder, args.quantize, args.dtype and getattr(torch, args.dtype))
+    dtype, _ = find_dtype(find_device(), args.dtype or "auto")
+    model, tokenizer = load_model(folder, args.quantize, dtype)
     if (folder / "tokenizer.model").exists():
         tokenizer.encode = remembering(folder / "tokenizer.model")
     state, weight = folder / "training" / "state.json", model.embed.weight

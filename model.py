@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 try:
     from flash_attn import flash_attn_func
@@ -119,10 +120,24 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
 
 
-def flash_suits(q):
-    """Whether flash-attn is installed and can take these tensors."""
-    return (flash_attn_func is not None and q.is_cuda and q.shape[-1] <= 256
-            and q.dtype in (torch.float16, torch.bfloat16))
+def attention_backend(device, dtype, head_dim):
+    """(what computes causal attention there: "flash-attn", "SDPA" or "plain products", why)."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "plain products", "SDPA takes three times as long on CPUs in bf16"
+    if flash_attn_func is None or device.type != "cuda":
+        return "SDPA", "it has FlashAttention-2" if device.type == "cuda" else "PyTorch's own"
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+        return "SDPA", f"flash-attn has no kernel for heads of {head_dim} in {dtype}"
+    if torch.cuda.get_device_properties(device).major != 8:
+        return "SDPA", "flash-attn 2 is known to be as fast on Ampere and Ada alone"
+    if not hasattr(torch.ops.flash_attn, "_flash_attn_forward"):           # before version 2.7
+        return "SDPA", "this flash-attn is too old for torch.compile"
+    return "flash-attn", "it is installed, and this GPU is what it was written for"
+
+
+# for text and evaluation: cuDNN plans anew for each length, and has been wrong in silence for fewer
+# than 8 key heads on Blackwell, where it is PyTorch's first choice (pytorch/pytorch#193893)
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(q, k, v, mask=None):
@@ -135,21 +150,25 @@ def attention(q, k, v, mask=None):
         k, v heads       0         1
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if mask is not None:     # query heads that share a key head become its queries: each key is
-        q = q.reshape(B, K, -1, D).to(k.dtype)                               # read once
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
-        return y.view(B, H, T, D)
-    if flash_suits(q):       # (B, T, H, D); its causal mask is aligned to the last position
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                               causal=True).transpose(1, 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attention_by_rows(q, k, v)
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # SDPA aligns is_causal to the first position, which is wrong behind a cache: query t sees
-    # S - T + t + 1 keys
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    if mask is None:
+        backend, _ = attention_backend(q.device, q.dtype, D)
+        if backend == "flash-attn":  # (B, T, H, D); its causal mask is aligned to the last position
+            return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                   causal=True).transpose(1, 2)
+        if backend == "plain products":
+            return attention_by_rows(q, k, v)
+        if T == S:
+            if q.is_cuda and q.dtype == torch.float32:   # for grouped heads PyTorch has no kernel
+                k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))   # there: all scores
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                  enable_gqa=H != k.shape[1])
+        # SDPA aligns is_causal to the first position, which is wrong after a cache: query t sees
+        # S - T + t + 1 keys
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    # query heads that share a key head become its queries, so each key is read once
+    q = q.reshape(B, K, -1, D).to(k.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
+    return y.reshape(B, H, T, D)     # CUDA's kernels return (B, T, H, D) memory: view would fail
 
 
 ROWS = 64
@@ -267,8 +286,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
+        q, k, v = products(x, (self.q, self.k, self.v))
+        # the backward pass needs v, and a view would keep all of the joined product alive for it
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H or K, T, D)
-                   for y in products(x, (self.q, self.k, self.v)))
+                   for y in (q, k, v.contiguous()))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             for seen, new in zip(cache, (k, v)):
@@ -317,32 +338,36 @@ def loss_of_logits(logits, targets):
     return -right.sum(), grad.scatter_(1, targets, (right.exp() - 1).to(logits.dtype))
 
 
-LOSS_PARTS = 8
+LOSS_ROWS = 4096
 
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
     The logits are the largest tensor of a step, 384 kB a token in bf16 and fp32 with their
-    gradients, so they never exist whole: one of LOSS_PARTS of the rows at a time they become their
+    gradients, so they never exist whole: at most LOSS_ROWS rows at a time they become their
     gradient, and that at once x's and the weight's. The backward pass only hands these on.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of_logits, learning):
-        loss, dx = 0, []
-        dw = torch.zeros_like(weight, dtype=torch.float32) if learning else None
+        loss, dw = 0, torch.zeros_like(weight, dtype=torch.float32) if learning else None
         if torch.is_autocast_enabled(x.device.type):                 # once, not for each part
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        for x_part, part in zip(x.chunk(LOSS_PARTS), targets.chunk(LOSS_PARTS)):
+        dx, parts = torch.empty_like(x), math.ceil(len(x) / LOSS_ROWS)
+        for x_part, dx_part, part in zip(*(t.chunk(parts) for t in (x, dx, targets))):
             some, grad = loss_of_logits(F.linear(x_part, weight), part)
             loss = loss + some
             if learning:
-                dx.append(grad @ weight)
-                dw += grad.mT @ x_part
+                torch.mm(grad, weight, out=dx_part)
+                if x.is_cuda and x.dtype != torch.float32:           # a product that adds in fp32
+                    torch.addmm(dw, grad.mT, x_part, out_dtype=torch.float32, out=dw)
+                else:
+                    dw += grad.mT @ x_part
+            del grad                                         # or the next would come beside it
         if learning:
-            ctx.save_for_backward(torch.cat(dx), dw)
+            ctx.save_for_backward(dx, dw)
         return loss / len(x)
 
     @staticmethod

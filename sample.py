@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from device import can_compile, find_device, find_dtype
+from device import compile_error, find_device, find_dtype
 from model import KVCache, Linear, Llama, ModelError, read_json
 
 
@@ -267,6 +267,7 @@ STORED = {None: Weight, "int8": Int8, "int4": Int4}
 
 def only_read(model, quantize=None):
     """The model, from now on for reading only, its linear layers stored as STORED says."""
+    torch.backends.cuda.enable_cudnn_sdp(False)              # see model.WITHOUT_CUDNN
     model.requires_grad_(False)
     if model.config.tie_embeddings:
         model.head = STORED[quantize](model.embed.weight)
@@ -303,9 +304,8 @@ def repays(model, quantize, steps):
     """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
     of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
     as without a compiler they are turned into floats as a whole, for each token."""
-    device, read = model.embed.weight.device, steps * count(model)
-    return (read > (1e10 if quantize else 1.5e11 if device.type == "cpu" else 1e13)
-            and can_compile(device))
+    on_cpu, read = model.embed.weight.device.type == "cpu", steps * count(model)
+    return read > (1e10 if quantize else 1.5e11 if on_cpu else 1e13)
 
 
 class Decoder:
@@ -684,6 +684,11 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
     def build(model, *sizes):
         compile = (repays(model, args.quantize, steps) if args.compile is None
                    else args.compile == "True")
+        if compile and (error := compile_error(model.embed.weight.device)):
+            if args.compile:
+                sys.exit(f"--compile=True does not work here: {error}")
+            print(f"not compiled: {error}", file=sys.stderr)
+            compile = False
         decoder, start = Decoder(model, rows, size, tokenizer.size, compile), time.perf_counter()
         if compile:
             for T in sizes:
@@ -691,8 +696,6 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
             print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return decoder
 
-    if args.compile == "True" and not can_compile(model.embed.weight.device):
-        sys.exit("--compile=True needs a C++ compiler such as g++, and there is none")
     if not args.draft:
         return build(model, 1), None
     draft = load_draft(args.draft, args.quantize, tokenizer)

@@ -3,6 +3,7 @@ way."""
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_flash_attention_gets_what_it_expects(monkeypatch):
     plain = run()
     monkeypatch.setattr(model_module, "flash_attn_func", spy)
     assert run()[0] == plain[0] and not calls, "in fp32 on a CPU flash-attn must not be asked"
-    monkeypatch.setattr(model_module, "flash_suits", lambda q: True)
+    monkeypatch.setattr(model_module, "attention_backend", lambda *_: ("flash-attn", ""))
     flash = run()
     assert_close(flash[1], plain[1])
     assert abs(flash[0] - plain[0]) < 1e-5
@@ -351,6 +352,71 @@ def test_gqa_equals_repeated_heads():
 
 # --------------------------------------------------------------------------------------------------
 # The cache
+
+class Kernels:
+    """Stands for torch.nn.functional: counts the calls of SDPA, and returns what `kernel` does."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls = kernel, []
+
+    def scaled_dot_product_attention(self, q, k, v, **how):
+        self.calls.append((q.shape[1], k.shape[1], how))
+        return self.kernel(q, k, v, **how)
+
+    def __getattr__(self, name):
+        return getattr(F, name)
+
+
+def test_attention_takes_what_cudas_kernels_return(monkeypatch):
+    """CUDA's memory-efficient kernel returns memory in the order (B, T, H, D): a view of it as
+    (B, H, T, D) failed at the second token of every generation on most GPUs."""
+    def run():
+        cache = KVCache(model.config, 2, 20)
+        model(idx[:, :12], cache=cache)
+        cache.length = torch.tensor([12, 12])
+        return torch.cat([model(idx[:, 12:15], cache=cache), model(idx[:, 15:16], cache=cache)], 1)
+
+    model, idx = tiny(), tokens()
+    expected = run()
+    monkeypatch.setattr(model_module, "F", Kernels(
+        lambda *qkv, **how: F.scaled_dot_product_attention(*qkv, **how).transpose(1, 2)
+        .contiguous().transpose(1, 2)))
+    assert torch.equal(run(), expected) and len(model_module.F.calls) == 9
+
+
+def test_no_attention_computes_all_scores_on_a_gpu(monkeypatch):
+    """For grouped heads in fp32, and for a mask with grouped heads, PyTorch has no kernel but the
+    one that writes all scores: 97 GB where 51 were counted. (Fake tensors: no GPU is needed.)"""
+    monkeypatch.setattr(model_module, "F", Kernels(lambda q, k, v, **how: torch.empty_like(q)))
+    with torch._subclasses.FakeTensorMode():
+        for dtype in torch.float32, torch.bfloat16:
+            q, k, v, late = (torch.empty(2, heads, T, 8, device="cuda", dtype=dtype)
+                             for heads, T in ((6, 16), (2, 16), (2, 16), (6, 4)))
+            assert attention(q, k, v).shape == q.shape and attention(late, k, v).shape == late.shape
+    whole, chunk, grouped, _ = model_module.F.calls
+    assert whole == (6, 6, {"is_causal": True, "enable_gqa": False})
+    assert grouped == (2 * 3, 2, {"is_causal": True, "enable_gqa": True})
+    for q_heads, k_heads, how in (chunk, model_module.F.calls[-1]):
+        assert q_heads == k_heads == 2 and "enable_gqa" not in how
+
+
+def test_flash_attention_is_chosen_where_it_serves(monkeypatch):
+    """Version 2 displaced a faster kernel on Hopper, and versions that torch.compile cannot trace
+    ended training at its first step."""
+    def backend(major=8, dtype=torch.bfloat16, device="cuda", head_dim=64, traces=True):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(
+            major=major))
+        monkeypatch.setattr(torch.ops, "flash_attn", SimpleNamespace(
+            **{"_flash_attn_forward": 1} if traces else {}), raising=False)
+        return model_module.attention_backend(torch.device(device), dtype, head_dim)[0]
+
+    assert backend() == "SDPA", "it is not installed"
+    monkeypatch.setattr(model_module, "flash_attn_func", flash_stand_in)
+    assert backend() == "flash-attn"
+    assert {backend(major=9), backend(major=7), backend(dtype=torch.float32), backend(traces=False),
+            backend(head_dim=320), backend(device="cpu", dtype=torch.float32)} == {"SDPA"}
+    assert backend(device="cpu") == "plain products"
+
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [20], [7, 5, 1, 1, 6], [19, 1]])
 def test_cached_equals_full(cuts):
@@ -426,9 +492,10 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 
 @pytest.mark.parametrize("N", [1, 5, 8, 37])
-def test_loss_by_parts_is_the_whole_loss(N):
-    """Loss and both gradients, for rows that divide into eight parts and for rows that do not, and
+def test_loss_by_parts_is_the_whole_loss(N, monkeypatch):
+    """Loss and both gradients, for rows that divide into equal parts and for rows that do not, and
     scaled as that of a micro-batch is."""
+    monkeypatch.setattr(model_module, "LOSS_ROWS", 5)
     torch.manual_seed(0)
     x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (N,))
@@ -443,9 +510,10 @@ def test_loss_by_parts_is_the_whole_loss(N):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_logits_never_exist_whole(grad):
+def test_logits_never_exist_whole(grad, monkeypatch):
     """The largest tensor of a step, in bf16 and fp32 and as a gradient, is what runs out of memory
     first."""
+    monkeypatch.setattr(model_module, "LOSS_ROWS", 16)
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numbers = 0
 

@@ -311,6 +311,14 @@ def test_a_tied_model_is_quantized_too(tmp_path):
     assert isinstance(only_read(Llama(model.config).init_weights(), "int8").head, Int8)
 
 
+def test_text_does_without_cudnn(folder, monkeypatch):
+    """On Blackwell it has chosen other tokens, in silence, for models with fewer than 8 key heads;
+    and it plans anew for each length of a prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_large_pages_hold_the_same():
     """A view that is short by a page, or of memory that is gone, reads what others wrote."""
     tensor = torch.randn(700, 1100)
@@ -324,12 +332,11 @@ def test_compilation_where_it_comes_back():
     """Three seconds to the first token of the demo, and no minute at a token a second."""
     with torch.device("meta"):
         small, large = tiny(0), only_read(Llama(ModelConfig()))
-    assert not repays(large, None, 10 ** 5)                          # neither a CPU nor a GPU
     small.embed.weight = large.embed.weight = torch.empty(1)
     for model, kind, steps, wanted in ((small, None, 200, False), (small, "int4", 200, False),
                                        (large, None, 200, True), (large, None, 20, False),
                                        (large, "int8", 20, True), (large, "int8", 2, False)):
-        assert repays(model, kind, steps) == (wanted and bool(shutil.which("g++")))
+        assert repays(model, kind, steps) == wanted
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
@@ -422,13 +429,14 @@ def test_streamed_text_is_the_whole_text(folder):
 
 def test_only_text_goes_to_standard_output(run, folder):
     """Whatever else is printed there ends up in the file of who redirects it."""
-    one = run(folder, "--prompt=The", "--seed=5", "--max_new_tokens=12", "--num_samples=3")
-    two = run(folder, "--prompt=The", "--seed=5", "--max_new_tokens=12", "--num_samples=3")
-    samples = one.stdout.rstrip("\n").split("\n---\n")
-    assert one.stdout == two.stdout and len(samples) == 3 and len(set(samples)) > 1
+    def drawn(seed):
+        return run(folder, "--prompt=The", f"--seed={seed}", "--max_new_tokens=12",
+                   "--num_samples=3", "--temperature=2").stdout
+
+    one = drawn(5)
+    samples = one.rstrip("\n").split("\n---\n")
+    assert one == drawn(5) != drawn(6) and len(samples) == 3 and len(set(samples)) > 1
     assert all(text.startswith("The") for text in samples)
-    assert run(folder, "--prompt=The", "--seed=6", "--max_new_tokens=12",
-               "--num_samples=3").stdout != one.stdout
 
 
 def test_a_full_context_is_said(run, folder):
@@ -530,11 +538,13 @@ def test_a_draft_is_used(run, folder, tmp_path):
 
 
 def test_compilation_needs_a_compiler(run, folder, monkeypatch):
-    """Asked for where there is none, it would end in a page of the compiler's own errors; where
+    """Asked for where it does not work, it would end in a page of the compiler's own errors; where
     it is chosen, it is left out."""
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "--compile=True needs a C++ compiler" in run(folder, "--compile=True").stderr
-    assert not repays(tiny(0), "int8", 10 ** 9)
+    monkeypatch.setattr(sample, "compile_error", lambda device: "no compiler")
+    assert "--compile=True does not work here: no compiler" in run(folder, "--compile=True").stderr
+    monkeypatch.setattr(sample, "repays", lambda *_: True)
+    done = run(folder, "--prompt=Two", "--max_new_tokens=3")
+    assert done.returncode == 0 and "not compiled: no compiler" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -26,7 +26,7 @@ from sample import Tokenizer
 from test_data import random_stages
 from test_prepare import AWKWARD, TEXT
 from train import (TrainConfig, build_optimizer, checkpoints, choose_compile,
-                   choose_dtype, lr_at, mixture_of, read_batch, read_recipe, read_sources,
+                   lr_at, mixture_of, read_batch, read_recipe, read_sources,
                    split_batch, stage_ends, tokens_after, train_step)
 
 HERE = Path(__file__).parent
@@ -177,16 +177,21 @@ def test_mixtures_from_the_command_line():
         mixture_of("a:x")
 
 
-def test_choices_are_made_from_recipe_and_machine():
-    """Emulated bf16 is ten times slower than fp32, and compiling a short run costs more than it
-    brings."""
+def test_choices_are_made_from_recipe_and_machine(monkeypatch):
+    """Compiling a short run costs more than it brings; and what the program chose by itself must
+    not end in the compiler's errors: Python's headers, or the compiler, may be missing."""
     cpu = torch.device("cpu")
-    assert choose_dtype(TrainConfig(dtype="bfloat16"), cpu) == (torch.bfloat16, "as asked")
-    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert choose_dtype(TrainConfig(), cpu)[0] == (torch.bfloat16 if has else torch.float32)
-    assert (choose_compile(TrainConfig(compile=True), cpu, 1)[0]
-            and not choose_compile(TrainConfig(), cpu, 1e13)[0])
-    assert not choose_compile(TrainConfig(compile=False), cpu, 1e20)[0]
+    assert not choose_compile(TrainConfig(), cpu, 1e13)[0]
+    assert choose_compile(TrainConfig(compile=False), cpu, 1e20) == (False, "as asked")
+    monkeypatch.setattr(train, "compile_error", lambda device: None)
+    assert choose_compile(TrainConfig(compile=True), cpu, 1)[0]
+    assert choose_compile(TrainConfig(), cpu, 1e20) == (True, "a long run")
+    assert choose_compile(TrainConfig(), torch.device("cuda"), 1)[0]
+    monkeypatch.setattr(train, "compile_error", lambda device: "no Python.h")
+    assert choose_compile(TrainConfig(), cpu, 1e20) == (False, "no Python.h")
+    assert choose_compile(TrainConfig(), torch.device("cuda"), 1) == (False, "no Python.h")
+    with pytest.raises(SystemExit, match="no Python.h; with --compile=False it trains"):
+        choose_compile(TrainConfig(compile=True), cpu, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,6 +231,20 @@ def test_bf16_follows_fp32(world):
     """Weights rounded to bf16, or a loss computed in it, would drift away within a few steps."""
     (losses, _), (expected, _) = step_of(world, 4, torch.bfloat16), step_of(world, 4)
     assert (losses[:, 0] - expected[:, 0]).abs().max() < 0.02
+
+
+def test_evaluation_does_without_cudnn(world, monkeypatch):
+    """cuDNN's attention, PyTorch's first choice on Hopper and Blackwell, has been wrong in silence;
+    a validation loss by another kernel than training's would show it."""
+    used = []
+    cfg, _, _, model, _ = setup(world)
+    _, _, val = read_sources(cfg, ["code", "prose"])
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *x: used.append(
+        torch.backends.cuda.cudnn_sdp_enabled()) or forward(*x))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    train.evaluate(model, val, cfg, train.World(torch.device("cpu")), torch.float32)
+    assert used and not any(used) and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_clipping_bounds_the_step(world):

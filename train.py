@@ -39,7 +39,6 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from hashlib import file_digest
-from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
@@ -48,16 +47,18 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention import sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from config import load
 from data import DataError, Source, counts, parse_stages, sequences
-from device import (can_compile, device_memory, device_name, disable_malloc_trim, find_device,
+from device import (compile_error, device_memory, device_name, disable_malloc_trim, find_device,
                     find_dtype, memory_used, peak_flops)
-from model import (LOSS_PARTS, ROWS, Llama, ModelConfig, ModelError, config_from_hf,
-                   flash_attn_func, hf_name, read_json, safetensors_files, write_json)
+from model import (LOSS_ROWS, ROWS, WITHOUT_CUDNN, Llama, ModelConfig, ModelError,
+                   attention_backend, config_from_hf, hf_name, read_json, safetensors_files,
+                   write_json)
 
 
 @dataclass(frozen=True)
@@ -178,24 +179,18 @@ def split_batch(batch, ranks, micro_batch):
 # --------------------------------------------------------------------------------------------------
 # Hardware
 
-def choose_dtype(cfg, device):
-    """(dtype of the computation, why)."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype), "as asked"
-    return find_dtype(device)
-
-
 def choose_compile(cfg, device, flops):
     """(whether to compile, why). On a CPU it takes up to half a minute and wins a tenth to a half
     in bf16, the most in small models, and a twentieth in fp32: it pays in runs of minutes."""
-    if cfg.compile is not None:
-        return cfg.compile, "as asked"
-    if device.type == "cuda":
-        return (True, "it pays on a GPU") if find_spec("triton") else (False, "there is no triton")
-    if device.type == "cpu" and flops > 2e13 * torch.get_num_threads():
-        return ((True, "a long run") if can_compile(device)
-                else (False, "there is no C++ compiler"))
-    return False, "too short a run to repay it" if device.type == "cpu" else f"not on {device.type}"
+    if cfg.compile is False:
+        return False, "as asked"
+    if cfg.compile is None and device.type == "cpu" and flops < 2e13 * torch.get_num_threads():
+        return False, "too short a run to repay it"
+    error = compile_error(device)
+    if error and cfg.compile:
+        sys.exit(f"compile: {error}; with --compile=False it trains, and on a GPU half as fast")
+    return not error, error or ("as asked" if cfg.compile else "a long run" if device.type == "cpu"
+                                else "it pays on a GPU")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,8 +272,13 @@ def choose_strategy(cfg, world, parameters, memory):
             f"{in_bytes(state)} of state are much for each GPU's {in_bytes(memory)}")
 
 
+def shards_of(world, strategy):
+    """How many processes share one set of weights."""
+    return {"fsdp": world.size, "hsdp": world.node}.get(strategy, 1)
+
+
 def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=False,
-                activation_checkpointing=False):
+                activation_checkpointing=False, recompute=True):
     """Puts on a model that has no memory yet all that it does not know of, gives it memory, and
     returns what to call in its place. Weights are set afterwards, in the model itself.
 
@@ -290,10 +290,8 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     """
     if compiled:
         torch._dynamo.config.recompile_limit = 64           # a graph for each size of a micro-batch
-        # what follows from a product by a few operations a number is computed again in the backward
-        # pass, not kept: saves nearly a third of a block's memory, and cost a fiftieth of the time
-        # on a CPU
-        torch._functorch.config.activation_memory_budget = 0.9
+        torch._functorch.config.activation_memory_budget = 0.9 if recompute else 1.0
+        torch._dynamo.config.optimize_ddp = False           # else blocks are cut where buckets end
         # dynamic: what is computed must not depend on the order in which shapes come
         compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
         model.loss_of_logits = compile_it(model.loss_of_logits)
@@ -316,6 +314,8 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
                 gathered, reduce_dtype=torch.float32, cast_forward_inputs=False))
     model.to_empty(device=world.device)
     if strategy == "ddp":
+        for p in model.parameters():     # gradients that are there now get places in DDP's buckets
+            p.grad = torch.zeros_like(p)
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
@@ -412,7 +412,8 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    # DDP sends gradients in buckets: new ones beside these would be as large again
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     return loss, norm, stop > 0
 
 
@@ -432,7 +433,8 @@ def evaluate(model, sources, cfg, world, dtype):
             # a process without a row left computes one for nothing: under FSDP others need its part
             x, y = read_batch(sources, part or group[:1], world.device)
             # a graph for this alone would take longer to compile than it saves
-            with torch.compiler.set_stance("force_eager"), precision(world.device, dtype):
+            with torch.compiler.set_stance("force_eager"), precision(world.device, dtype), \
+                    sdpa_kernel(WITHOUT_CUDNN):
                 total += model(x, y) * (len(part) / n)
         if is_sharded(model):
             model.reshard()       # the root's parameters stay gathered without a backward pass
@@ -979,7 +981,7 @@ def facts(sources):
             for name, source in sources.items()}
 
 
-def describe(cfg, stages, train, world, strategy, dtype, compiled):
+def describe(cfg, stages, train, world, model, strategy, dtype, compiled):
     """What state.json records of a run: its recipe, its data, where its weights came from, and what
     decides its rounding."""
     micro = [split_batch(stage.batch, world.size, cfg.micro_batch)[0] for stage in stages]
@@ -987,35 +989,60 @@ def describe(cfg, stages, train, world, strategy, dtype, compiled):
         "recipe": recipe_of(cfg),
         "sources": facts(train),
         "run": {"device": world.device.type, "dtype": str(dtype).removeprefix("torch."),
-                "compile": compiled, "micro_batch": micro, "processes": world.size,
+                "compile": compiled, "recompute": choose_recompute(
+                    model, cfg, shards_of(world, strategy), max(micro), dtype, world.device,
+                    compiled), "micro_batch": micro, "processes": world.size,
                 "strategy": strategy},
         "origin": None,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 
 
-def memory_needed(model, cfg, shards, micro, dtype, device, compiled):
+def memory_needed(model, cfg, shards, micro, dtype, device, compiled, recompute):
     """(bytes of weights, gradients and moments, bytes of a micro-batch) of one process, counted, of
-    a model on the meta device.
+    a model on the meta device, at the peak of a step of several micro-batches.
 
-    Four numbers of fp32 a parameter, a shard of them where sharded; beside them the weights as they
-    are multiplied, and of a sharded model the gradients of micro-batches not yet reduced. Of a
-    token, a compiled block keeps for its backward pass its input in fp32 and what comes out of
-    products: q, k, v, attention, o, gate and up. Uncompiled it keeps what lies between instead of
-    computing it again: both residuals and both norms in fp32, what goes into each product, SwiGLU's
-    parts. On a CPU in bf16 the weights of attention come on top. The loss takes one part of the
-    logits in fp32 and twice in `dtype`, and the gradient of the head once more.
+    Four numbers of fp32 a parameter, a shard of them where sharded; then embedding and head whole,
+    and the gradients of micro-batches not yet reduced. Joined weights wait for the backward pass in
+    the dtype of their product, others too unless they are cast again. Of a token, a compiled block
+    keeps its input in fp32 and what comes out of products: q, k, v, attention, o, gate and up; and
+    what goes into them, where nothing is computed again. Uncompiled it keeps both residuals, what
+    goes into each product, SwiGLU's parts; a CPU both norms and, in bf16, the weights of attention.
+
+    The peak is within the loss, which has some rows of logits and their gradient, in fp32 in
+    between; or in the last block's backward pass, at the gradients of gate and up.
     """
-    parameters, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
-    C, F, kv, T = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim, cfg.context
-    block = (4 * C + size * (3 * C + 2 * kv + 2 * F) if compiled
-             else 16 * C + size * (4 * C + 2 * kv + 4 * F))
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        block += size * cfg.n_head * (T + ROWS) // 2
-    blocks = 4 * C * cfg.n_layer + block if cfg.activation_checkpointing else block * cfg.n_layer
-    beside = (4 if shards > 1 else 0) + size
-    return 16 * parameters // shards + beside * parameters, 4 * cfg.vocab_size * C + micro * T * (
-        blocks + (8 + size) * C + (4 + 2 * size) * cfg.vocab_size // LOSS_PARTS)
+    C, F, L, size, tokens = cfg.d_model, cfg.d_ff, cfg.n_layer, dtype.itemsize, micro * cfg.context
+    kv, head, gpu = cfg.n_kv_head * cfg.head_dim, cfg.vocab_size * C, device.type == "cuda"
+    parameters, joined = sum(p.numel() for p in model.parameters()), L * C * (C + 2 * kv + 2 * F)
+    inner = sum(p.numel() for p in model.blocks.parameters())
+    if compiled:
+        block = 4 * C + size * (3 * C + 2 * kv + 2 * F) + (not recompute) * size * (2 * C + F)
+    else:                                                # SDPA in fp32 wants k and v for each head
+        kv = C if gpu and size == 4 else kv
+        block = (8 if gpu else 16) * C + size * (4 * C + 2 * kv + 4 * F)
+    if not gpu and size == 2:
+        block += size * cfg.n_head * (cfg.context + ROWS) // 2
+    again = cfg.activation_checkpointing
+    cast = 0 if again else joined if shards > 1 or size == 4 or compiled and recompute else inner
+    state = (16 if shards == 1 else 12) * parameters // shards + size * cast + (
+        4 * (parameters + parameters - inner) if shards > 1 else 0)
+    kept = tokens * L * (4 * C if again else block)
+    logits = min(tokens, LOSS_ROWS) * cfg.vocab_size * (2 * size if compiled else 2 * size + 6)
+    loss = tokens * 12 * C + logits + head * (4 + size)
+    backward = tokens * (again * block + 4 * C + 3 * size * F) + 4 * head
+    return state, kept + max(loss, backward)
+
+
+RESERVE = 5e9       # of a GPU, for CUDA, NCCL and the gaps between tensors
+
+
+def choose_recompute(model, cfg, shards, micro, dtype, device, compiled):
+    """Whether a compiled block computes again in its backward pass what follows from products by a
+    few operations: norms, rotation, SwiGLU. It saves a third of a block's memory and costs reading
+    and writing it once more, so on a GPU it is done where memory would not suffice without."""
+    return compiled and (device.type != "cuda" or RESERVE + sum(memory_needed(
+        model, cfg, shards, micro, dtype, device, compiled, False)) > device_memory(device))
 
 
 def main(argv):
@@ -1034,14 +1061,14 @@ def main(argv):
         model = Llama(cfg)
     flops, there = model.flops_per_token(), device_memory(world.device)
     parameters = sum(p.numel() for p in model.parameters())
-    dtype, why_dtype = choose_dtype(cfg, world.device)
-    compiled, why_compiled = choose_compile(cfg, world.device,
-                                            flops * tokens_after(stages, steps, cfg.context))
     # decided by one for all, who might find other hardware
-    (strategy, why_strategy), dtype, compiled = agree(
-        world, lambda: (choose_strategy(cfg, world, parameters, there), dtype, compiled))
-    description = agree(world, lambda: describe(cfg, stages, train, world, strategy, dtype,
+    (strategy, why_strategy), (dtype, why_dtype), (compiled, why_compiled) = agree(world, lambda: (
+        choose_strategy(cfg, world, parameters, there), find_dtype(world.device, cfg.dtype),
+        choose_compile(cfg, world.device, flops * tokens_after(stages, steps, cfg.context))))
+    description = agree(world, lambda: describe(cfg, stages, train, world, model, strategy, dtype,
                                                 compiled))
+    micro, recompute = (description["run"][key] for key in ("micro_batch", "recompute"))
+    backend, why_backend = attention_backend(world.device, dtype, cfg.head_dim)
     with ExitStack() as held:
         path, first, own = agree(world, lambda: (held.enter_context(locked(out_dir))
                                                  or find_start(cfg, train, description)))
@@ -1050,31 +1077,27 @@ def main(argv):
                   f"python sample.py {path}")
             return
         card = device_name(world.device)
-        by = ("plain products" if (world.device.type, dtype) == ("cpu", torch.bfloat16) else
-              "flash-attn" if flash_attn_func and world.device.type == "cuda"
-              and dtype == torch.bfloat16 else "SDPA")
         print(f"commit {description['commit']}, torch {torch.__version__}, {card}")
         print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
-              f"{why_compiled}; attention by {by}")
+              f"{why_compiled}; attention by {backend}: {why_backend}")
         if world.size > 1:
             print(f"{world.size} processes, {world.node} a machine; {strategy}: {why_strategy}")
         print(f"{parameters:,} parameters, {flops:,} FLOPs a token")
-        micro = description["run"]["micro_batch"]
         for k, stage in enumerate(stages, 1):
             print(f"stage {k}: {stage_in_words(stage, micro[k - 1], world.size, cfg.context)}")
-        shards = {"fsdp": world.size, "hsdp": world.node}.get(strategy, 1)
-        state, activations = memory_needed(model, cfg, shards, max(micro), dtype, world.device,
-                                           compiled)
+        state, activations = memory_needed(model, cfg, shards_of(world, strategy), max(micro),
+                                           dtype, world.device, compiled, recompute)
         memory = (f"memory: {in_bytes(state)} of weights, gradients and moments and at most about "
                   f"{in_bytes(activations)} of a micro-batch, of {in_bytes(there)} a "
-                  + ("GPU" if world.device.type == "cuda" else "machine"))
+                  + ("GPU" if world.device.type == "cuda" else "machine")
+                  + "; what is quickly computed again is not kept" * recompute)
         print(memory)
         for name in train.keys() - val.keys():
             print(f"{name} has no validation part of a whole window: it trains without one")
 
         try:
             called = parallelize(model, world, strategy, dtype, compiled,
-                                 cfg.activation_checkpointing)
+                                 cfg.activation_checkpointing, recompute)
             optimizer = build_optimizer(model, cfg)
             if path:
                 print(f"{'continuing' if own else 'forking'} from {path}")
@@ -1084,7 +1107,7 @@ def main(argv):
                 model.load_tensors(Path(cfg.init_from), own_part)
             else:
                 init_weights(model, cfg)
-            peak = peak_flops(card)
+            peak = peak_flops(card, dtype)
             metrics = world.rank == 0 and Metrics(
                 out_dir / "metrics.jsonl", first if own else None, peak and
                 peak * world.size / flops)
