@@ -147,9 +147,7 @@ def likelihoods(model, texts, batch, done=lambda texts: None):
         for at, targets in zip(at.split(PART), targets.split(PART)):
             logits = model.head(x[at]).float()                                      # (n, V)
             nats.append(-F.cross_entropy(logits, targets, reduction="none"))
-            likeliest = logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)
-            likeliest[likeliest.clone()] = logits[likeliest].argmax(1) == targets[likeliest]
-            first.append(likeliest)                         # of equals the first, as in generation
+            first.append(logits.argmax(1) == targets)       # of equals the first, as in generation
         each = [len(targets) for _, _, targets in asked]
         for (number, _, _), own, greedy in zip(asked, torch.cat(nats).cpu().split(each),
                                                torch.cat(first).cpu().split(each)):
