@@ -38,11 +38,11 @@ def find_device():
         elif device.type == "cpu" and nvidia_gpu():
             torch.cuda.init()
     except Exception as error:                     # PyTorch's own words say which driver it wants
-        version = torch.__version__.split("+")[0]
+        version, index = torch.__version__.split("+")[0], "https://download.pytorch.org/whl/cu126"
         sys.exit(f"there is an NVIDIA GPU, and torch {torch.__version__} cannot use it: {error}\n"
-                 f"Take a newer driver (from 580 on), or pip install torch=={version} --index-url "
-                 "https://download.pytorch.org/whl/cu126, for drivers from 525 and GPUs from 5.0 "
-                 "on; to go on without the GPU: CUDA_VISIBLE_DEVICES= before the command")
+                 f"What helps: {'a driver from 580 on; or ' * (device.type == 'cpu')}pip install "
+                 f"torch=={version} --index-url {index}, for drivers from 525 and compute "
+                 "capabilities from 5.0 on. To do without it: CUDA_VISIBLE_DEVICES= python ...")
     return device
 
 
