@@ -66,8 +66,8 @@ import prepare
 import train
 from config import load
 from data import DataError, Header, Source, TokenWriter
-from device import (device_name, disable_malloc_trim, find_device, find_dtype, memory_used,
-                    peak_flops)
+from device import (compile_error, device_name, disable_malloc_trim, find_device, find_dtype,
+                    memory_used, peak_flops)
 from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, load_model,
                     only_read, size_of)
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
@@ -767,6 +767,9 @@ def bench_generate(args):
                  f"{config.context}")
     device, peers = find_device(), generation_peers(args.batch) if args.peers else {}
     dtype, why = find_dtype(device)
+    error = args.compile == "True" and compile_error(device)
+    if error:
+        print(f"not compiled: {error}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         source = source or random_model(folder)
@@ -782,7 +785,7 @@ def bench_generate(args):
         for quantize, name, measure in tqdm(jobs * 2, desc="measuring"):            # in turns
             runs[quantize, name].append(in_own_process(
                 measure, folder if name == "llama_cpp" else source, quantize, args.batch,
-                args.prompt, args.tokens, args.compile == "True"))
+                args.prompt, args.tokens, args.compile == "True" and not error))
     return tell(runs, args, str(dtype)[6:], limit, in_own_process(read_limit, device))
 
 

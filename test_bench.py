@@ -263,6 +263,14 @@ def test_generation_is_measured(small, here, capfd):
         assert row["share"] == pytest.approx(row["bytes_per_step"] / seconds / 1e10)
 
 
+def test_generation_is_measured_without_a_compiler(small, here, monkeypatch, capfd):
+    """It is compiled by default, and where nothing compiles there is still something to measure."""
+    monkeypatch.setattr(bench, "compile_error", lambda device: "no compiler")
+    main(["generate", str(small), "--prompt=20", "--tokens=5", "--precisions=full"])
+    printed = capfd.readouterr().out
+    assert "not compiled: no compiler" in printed and '"tokens_per_second"' in printed
+
+
 def test_transformers_reads_the_same_weights(small):
     """A ratio to a peer that computes something else is no ratio."""
     ours, theirs = (measure(small, None, 1, 20, 3, False) for measure in (

@@ -433,18 +433,28 @@ def test_memory_is_as_the_allocator_holds(micro, strategy, how, allocated):
     assert abs(counted(micro, strategy, **how) / 1e9 / allocated - 1) < 0.03
 
 
-def test_micro_batches_of_the_readme_fit():
-    """The largest by the count, with RESERVE left."""
-    rows = re.findall(r"^\| (\d+) GB \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
+def test_memory_in_the_readme_is_what_is_counted():
+    """A table that was right once. GB by micro-batch, counted and allocated; and the largest
+    micro-batch of a card, with RESERVE left."""
+    text, strategies = (HERE / "README.md").read_text(), ("ddp", "fsdp")
+    found = {}
+    row = r"^\| (\d+) \| (\S+) \((\S+)\) \| (\S+) \((\S+)\) \|$"
+    for micro, *cells in re.findall(row, text, re.M):
+        for strategy, number, allocated in zip(strategies, cells[::2], cells[1::2]):
+            assert float(number) == round(counted(int(micro), strategy) / 1e9, 1)
+            found[int(micro), strategy] = float(allocated)
+    assert found == {(micro, strategy): round(allocated, 1) for micro, strategy, how, allocated
+                     in ALLOCATED if strategy in strategies and not how}
+    rows = re.findall(r"^\| (\d+) GB \| (.*?) \|$", text, re.M)
     assert len(rows) == 4
     for card, cells in rows:
-        room, found = int(card) * 1e9 - train.RESERVE, []
-        for strategy in "ddp", "fsdp":
+        room, largest = int(card) * 1e9 - train.RESERVE, []
+        for strategy in strategies:
             for again in False, True:
                 fits = bisect_right(range(1, 400), room,
                                     key=lambda micro: counted(micro, strategy, again=again))
-                found.append(f"{fits}" if fits else "none")
-        assert cells.split(" | ") == found
+                largest.append(f"{fits}" if fits else "none")
+        assert cells.split(" | ") == largest
 
 
 def test_blocks_keep_what_they_computed_where_there_is_room(monkeypatch):

@@ -391,6 +391,16 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
+def test_what_rounds_otherwise_is_noted(capsys):
+    """A resume on other hardware is not the same to the bit, and one from before a choice existed
+    is, where the choice is what was always done."""
+    here = {"dtype": "bfloat16", "compile": True, "recompute": True}
+    train.note_rounding({"run": {"dtype": "bfloat16", "compile": True}}, {"run": here})
+    assert capsys.readouterr().out == ""
+    train.note_rounding({"run": here}, {"run": here | {"recompute": False}})
+    assert "note: recompute was True before and is False now" in capsys.readouterr().out
+
+
 def test_another_recipe_is_refused(run, finished, tmp_path):
     """Continuing with another learning rate or mixture gives a run that no recipe describes."""
     shutil.copytree(finished, tmp_path / "out")

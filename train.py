@@ -13,8 +13,9 @@ neither model.py nor data.py knows of it.
 
 There is no state but weights, Adam's moments and the step. So a run stopped anywhere, by Ctrl-C or
 by force, goes on from its newest checkpoint when the same command is given again, and ends with the
-weights it would have had. And a run may fork: another recipe takes over at the end of a stage, as
-if it had been its own from the start, if up to there the two are the same.
+weights it would have had: to the bit on a CPU, and but for rounding on a GPU, where attention's
+backward pass adds up in an order that varies. And a run may fork: another recipe takes over at the
+end of a stage, as if it had been its own from the start, if up to there the two are the same.
 
     python train.py RECIPE.py --plan [--gpus=N] [--tokens_per_second=N]
 
@@ -841,10 +842,11 @@ def differing(theirs, ours):
 
 def note_rounding(state, description):
     """Says what rounds otherwise than before."""
+    before = {"recompute": state["run"]["compile"]} | state["run"]   # what it was before a choice
     for key, here in description["run"].items():
-        if state["run"].get(key) != here:
-            print(f"note: {key} was {state['run'].get(key)} before and is {here} now: "
-                  "rounding will differ")
+        if before.get(key) != here:
+            print(f"note: {key} was {before.get(key)} before and is {here} now: rounding will "
+                  "differ")
 
 
 def find_checkpoint(out_dir, description):
