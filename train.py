@@ -842,7 +842,7 @@ def differing(theirs, ours):
 
 def note_rounding(state, description):
     """Says what rounds otherwise than before."""
-    before = {"recompute": state["run"]["compile"]} | state["run"]   # what it was before a choice
+    before = {"recompute": state["run"].get("compile")} | state["run"]     # before it was a choice
     for key, here in description["run"].items():
         if before.get(key) != here:
             print(f"note: {key} was {before.get(key)} before and is {here} now: rounding will "
@@ -1014,25 +1014,35 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled, recompute)
     The peak is within the loss, which has some rows of logits and their gradient, in fp32 in
     between; or in the last block's backward pass, at the gradients of gate and up.
     """
-    C, F, L, size, tokens = cfg.d_model, cfg.d_ff, cfg.n_layer, dtype.itemsize, micro * cfg.context
-    kv, head, gpu = cfg.n_kv_head * cfg.head_dim, cfg.vocab_size * C, device.type == "cuda"
-    parameters, joined = sum(p.numel() for p in model.parameters()), L * C * (C + 2 * kv + 2 * F)
+    C, F, kv, size = cfg.d_model, cfg.d_ff, cfg.n_kv_head * cfg.head_dim, dtype.itemsize
+    gpu, again, tokens = device.type == "cuda", cfg.activation_checkpointing, micro * cfg.context
+    parameters = sum(p.numel() for p in model.parameters())
     inner = sum(p.numel() for p in model.blocks.parameters())
+
+    # bytes a parameter; of a sharded model the gradients of a shard come when activations go
+    state = 16 * parameters
+    if shards > 1:
+        state = 12 * parameters // shards + 4 * parameters + 4 * (parameters - inner)
+    joined = cfg.n_layer * C * (C + 2 * kv + 2 * F)
+    if not again:
+        state += size * (joined if shards > 1 or size == 4 or compiled and recompute else inner)
+
+    # bytes a token that a block keeps
     if compiled:
-        block = 4 * C + size * (3 * C + 2 * kv + 2 * F) + (not recompute) * size * (2 * C + F)
-    else:                                                # SDPA in fp32 wants k and v for each head
-        kv = C if gpu and size == 4 else kv
-        block = (8 if gpu else 16) * C + size * (4 * C + 2 * kv + 4 * F)
+        block = 4 * C + size * (3 * C + 2 * kv + 2 * F)
+        if not recompute:
+            block += size * (2 * C + F)
+    else:
+        heads = C if gpu and size == 4 else kv           # in fp32 k and v are repeated for SDPA
+        block = (8 if gpu else 16) * C + size * (4 * C + 2 * heads + 4 * F)
     if not gpu and size == 2:
         block += size * cfg.n_head * (cfg.context + ROWS) // 2
-    again = cfg.activation_checkpointing
-    cast = 0 if again else joined if shards > 1 or size == 4 or compiled and recompute else inner
-    state = (16 if shards == 1 else 12) * parameters // shards + size * cast + (
-        4 * (parameters + parameters - inner) if shards > 1 else 0)
-    kept = tokens * L * (4 * C if again else block)
-    logits = min(tokens, LOSS_ROWS) * cfg.vocab_size * (2 * size if compiled else 2 * size + 6)
-    loss = tokens * 12 * C + logits + head * (4 + size)
-    backward = tokens * (again * block + 4 * C + 3 * size * F) + 4 * head
+    kept = tokens * cfg.n_layer * (4 * C if again else block)
+
+    # what comes on top in the loss: embeddings, norm, their gradient; logits; the head's gradient
+    head, logits = cfg.vocab_size * C, cfg.vocab_size * min(tokens, LOSS_ROWS)
+    loss = 12 * C * tokens + (2 * size if compiled else 2 * size + 6) * logits + (4 + size) * head
+    backward = tokens * (4 * C + 3 * size * F + (block if again else 0)) + 4 * head
     return state, kept + max(loss, backward)
 
 
