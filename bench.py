@@ -347,11 +347,11 @@ def bench_train(args):
     if args.peers and not find_spec("transformers"):
         sys.exit("--peers needs transformers: pip install -r requirements-dev.txt")
     dtype, _ = find_dtype(device, cfg.dtype)
-    reasons = cannot(cfg, device)
+    # not here: each process counts the peak of the one that started it as its own
+    reasons = in_own_process(cannot, cfg, device)
     measured = [name for name in OPTIMIZATIONS if name not in reasons]
     for name, reason in reasons.items():
         print(f"left out: {name}: {reason}")
-    # not here: each process counts the peak of the one that started it as its own
     products, copies = in_own_process(machine_limits, device, dtype)
     card = device_name(device)
     print(f"torch {torch.__version__}, {card}: products in {str(dtype)[6:]} "

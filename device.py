@@ -30,26 +30,29 @@ def find_device():
         return device
     try:
         if device.type == "cuda":
-            archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
-            major, minor = torch.cuda.get_device_capability()
-            if archs and 10 * major + minor < min(archs):
+            (major, minor), archs = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+            # sm_86 is code for 8.6 to 8.9, sm_90a for 9.0, compute_86 is compiled for all from 8.6
+            fits = {f"sm_{major}{minor}a", *(f"sm_{major}{n}" for n in range(minor + 1)),
+                    *(f"compute_{n}" for n in range(10 * major + minor + 1))}
+            if archs and not fits & set(archs):
                 raise RuntimeError(f"it has compute capability {major}.{minor}, and this PyTorch "
-                                   f"has code from {min(archs) / 10} on")
+                                   f"has code for {', '.join(archs)}")
         elif device.type == "cpu" and nvidia_gpu():
             torch.cuda.init()
     except Exception as error:                     # PyTorch's own words say which driver it wants
-        version, index = torch.__version__.split("+")[0], "https://download.pytorch.org/whl/cu126"
+        version, index = torch.__version__.split("+")[0], "https://download.pytorch.org/whl/"
         sys.exit(f"there is an NVIDIA GPU, and torch {torch.__version__} cannot use it: {error}\n"
-                 f"What helps: {'a driver from 580 on; or ' * (device.type == 'cpu')}pip install "
-                 f"torch=={version} --index-url {index}, for drivers from 525 and compute "
-                 "capabilities from 5.0 on. To do without it: CUDA_VISIBLE_DEVICES= python ...")
+                 f"What may help: pip install torch=={version} --index-url {index} and cu126 at "
+                 "its end for drivers from 525 on and compute capabilities 5.0 to 9.0, or cu130 "
+                 "for drivers from 580 on and 7.5 to 12.0. To go on without the GPU: "
+                 "CUDA_VISIBLE_DEVICES= python ...")
     return device
 
 
 def nvidia_gpu():
     """Whether this machine has an NVIDIA GPU that nobody has hidden from the program."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return False
+    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
+        return False                               # empty, -1, or what a scheduler says for none
     with suppress(OSError, subprocess.TimeoutExpired):
         return any(Path("/dev").glob("nvidia[0-9]*")) or b"GPU" in subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
@@ -77,12 +80,12 @@ def compile_error(device):
     a CPU, a C compiler and triton for a GPU, Python's headers for both, and each may be missing or
     broken: so something small is compiled, of a size that no cache has."""
     if device.type not in ("cpu", "cuda"):
-        return f"it is not for {device.type}"
+        return f"torch.compile is not used on {device.type}"
     try:
         x = torch.ones(2 + time.time_ns() % 2 ** 20, device=device)
         torch.compile(lambda x: x.cos() + 1, dynamic=False)(x)
     except Exception as error:
-        lines = str(error).splitlines()
+        lines = str(error).splitlines() or [repr(error)]
         return next((line for line in lines if "error: " in line), lines[0])
 
 

@@ -125,7 +125,7 @@ def attention_backend(device, dtype, head_dim):
     if device.type == "cpu" and dtype == torch.bfloat16:
         return "plain products", "SDPA takes three times as long on CPUs in bf16"
     if flash_attn_func is None or device.type != "cuda":
-        return "SDPA", "it has FlashAttention-2" if device.type == "cuda" else "PyTorch's own"
+        return "SDPA", "PyTorch's own"
     if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
         return "SDPA", f"flash-attn has no kernel for heads of {head_dim} in {dtype}"
     if torch.cuda.get_device_properties(device).major != 8:
@@ -135,8 +135,9 @@ def attention_backend(device, dtype, head_dim):
     return "flash-attn", "it is installed, and this GPU is what it was written for"
 
 
-# for text and evaluation: cuDNN plans anew for each length, and has been wrong in silence for fewer
-# than 8 key heads on Blackwell, where it is PyTorch's first choice (pytorch/pytorch#193893)
+# for text and evaluation: cuDNN plans anew for each length, and was wrong in silence for fewer than
+# 8 key heads on Blackwell, where it is PyTorch's first choice (pytorch/pytorch#193893). Training
+# keeps it: one length and no mask, for which no fault is known
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -345,8 +346,9 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
     The logits are the largest tensor of a step, 384 kB a token in bf16 and fp32 with their
-    gradients, so they never exist whole: at most LOSS_ROWS rows at a time they become their
-    gradient, and that at once x's and the weight's. The backward pass only hands these on.
+    gradients, so those of many tokens never exist whole: at most LOSS_ROWS rows at a time they
+    become their gradient, and that at once x's and the weight's. The backward pass only hands these
+    on.
     """
 
     @staticmethod

@@ -684,12 +684,14 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
     def build(model, *sizes):
         compile = (repays(model, args.quantize, steps) if args.compile is None
                    else args.compile == "True")
+        start = time.perf_counter()
         if compile and (error := compile_error(model.embed.weight.device)):
             if args.compile:
-                sys.exit(f"--compile=True does not work here: {error}")
+                sys.exit(f"--compile=True does not work here: {error}. Install what is missing "
+                         "(g++ for a CPU; gcc and python3-dev for a GPU), or leave it out")
             print(f"not compiled: {error}", file=sys.stderr)
             compile = False
-        decoder, start = Decoder(model, rows, size, tokenizer.size, compile), time.perf_counter()
+        decoder = Decoder(model, rows, size, tokenizer.size, compile)
         if compile:
             for T in sizes:
                 decoder.warm(T)

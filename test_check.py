@@ -36,21 +36,22 @@ def test_attention_is_right_and_a_leak_is_found(how, monkeypatch):
         assert errors(*how)["output"] < 1e-5 < 1e-2 < errors(*how)["gradient of q"]
 
 
-@pytest.mark.parametrize("error, status", [(1e-6, 0), (0.5, "BAD"), (float("nan"), "BAD"),
-                                           (RuntimeError("no kernel"), "BAD")])
+@pytest.mark.parametrize("error, status", [
+    (1e-6, 0), (0.5, "BAD"), (float("nan"), "BAD"), (RuntimeError("no kernel"), "BAD"),
+    (AssertionError(), "BAD")])
 def test_what_is_wrong_is_bad(error, status, monkeypatch, capsys):
     """Not a number is not large, and what fails must not end the checks behind it."""
     def attention_errors(device, dtype, B, *how):
         if isinstance(error, Exception):
             raise error
-        return {"output": 1e-6 if B == 1 else error, "gradient": 1e-7}
+        return {"gradient": 1e-7, "output": 1e-6 if B == 1 else error}
 
     monkeypatch.setattr(check, "attention_errors", attention_errors)
     monkeypatch.setattr(check, "step", lambda *_: {"loss": torch.ones(1)})
     monkeypatch.setattr(check, "text", lambda *_: torch.ones(2, 40))
     monkeypatch.setattr(check, "compile_error", lambda device: "no compiler")
     with pytest.raises(SystemExit) as end:
-        check.main()
+        check.main([])
     out = capsys.readouterr().out
     assert (end.value.code == 0) == (status == 0) and ("BAD" in out) == (status == "BAD")
     assert "OK  text, int4 weights" in out and "not compiled: no compiler" in out

@@ -17,7 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def cuda_build(monkeypatch):
     """PyTorch as it is built for CUDA, on a machine with a GPU that answers or does not."""
-    def build(answers, capability=(8, 0), visible=None):
+    def build(answers, capability=(8, 0), visible=None, archs="sm_75 sm_80 sm_90a sm_100 sm_120"):
         def init():
             raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040)")
 
@@ -25,7 +25,7 @@ def cuda_build(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator",
                             lambda check_available: GPU if answers else None)
         monkeypatch.setattr(torch.cuda, "init", init)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120"])
+        monkeypatch.setattr(torch.cuda, "get_arch_list", archs.split)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(device.Path, "glob", lambda *_: [Path("/dev/nvidia0")])
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -38,20 +38,24 @@ def cuda_build(monkeypatch):
 def test_a_gpu_that_cannot_be_used_is_not_passed_over(cuda_build):
     """Too old a driver, and the run of days on a GPU began on the CPU, without a word."""
     cuda_build(answers=False)
-    with pytest.raises(SystemExit, match=r"driver on your system is too old(.|\n)*whl/cu126"):
+    with pytest.raises(SystemExit, match=r"driver on your system is too old(.|\n)*cu126"):
         find_device()
 
 
 def test_a_gpu_without_code_for_it_is_named(cuda_build):
-    """A V100 answers, and fails at the first kernel."""
-    cuda_build(answers=True, capability=(7, 0))
-    with pytest.raises(SystemExit, match="capability 7.0, and this PyTorch has code from 7.5 on"):
-        find_device()
-    cuda_build(answers=True, capability=(7, 5))
-    assert find_device() == GPU
+    """A V100 with a new PyTorch answers, and so does a B200 with an old one, and both fail at the
+    first kernel."""
+    for capability, archs in ((7, 0), "sm_75 sm_80"), ((10, 0), "sm_80 sm_90a"):
+        cuda_build(answers=True, capability=capability, archs=archs)
+        with pytest.raises(SystemExit, match=f"capability {capability[0]}.0, and this PyTorch"):
+            find_device()
+    for capability, archs in (((8, 9), "sm_80"), ((10, 3), "sm_100"), ((9, 0), "sm_90a"),
+                              ((12, 0), "sm_90 compute_90"), ((8, 0), "")):
+        cuda_build(answers=True, capability=capability, archs=archs)
+        assert find_device() == GPU
 
 
-@pytest.mark.parametrize("visible", ["", "-1"])
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
 def test_a_hidden_gpu_may_stay_hidden(cuda_build, visible):
     """Who hides the GPU wants the CPU."""
     cuda_build(answers=False, visible=visible)
@@ -125,7 +129,7 @@ def test_what_compiles_is_found_by_compiling(headers, tmp_path):
         env=os.environ | {"PATH": f"{tmp_path}:/nowhere" if headers is None else
                           f"{tmp_path}:{os.environ['PATH']}",
                           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}).stdout
-    assert found.endswith("it is not for mps\n")
+    assert found.endswith("torch.compile is not used on mps\n")
     assert {None: "No working C++ compiler", False: "Python.h", True: "None"}[headers] in found
 
 

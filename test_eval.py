@@ -22,7 +22,7 @@ from config import load
 from data import Source
 from eval import SUITES, Adapter, Row, generation, likelihoods, rows_of, score_of, windows
 from model import Llama, ModelConfig, ModelError
-from sample import Tokenizer, load_model
+from sample import Decoder, Tokenizer, load_model
 
 lm_eval = pytest.importorskip("lm_eval")
 DOCUMENTS = [text for text in prepare.documentation() if len(text) > 600]
@@ -319,6 +319,22 @@ def test_text_ends_where_it_should(loaded, monkeypatch):
     lm.generate_until(instances((context, {"max_gen_toks": 24, "temperature": 0.5})))
     assert picks[0].keywords["temperature"] == 0.0 and picks[-1].keywords["temperature"] == 0.5
     assert asked[-1][0] == [tokenizer.encode(context)[-(256 - 24):]] and lm.cut == 1
+
+
+@pytest.mark.parametrize("error", [None, "no compiler"])
+def test_answers_are_compiled_where_that_works(loaded, error, monkeypatch):
+    """What the program chose by itself ended an evaluation where nothing compiles."""
+    compiled = []
+
+    def decoder(*arguments):
+        compiled.append(arguments[-1])
+        return Decoder(*arguments[:-1])
+
+    monkeypatch.setattr(evaluation, "Decoder", decoder)
+    monkeypatch.setattr(evaluation, "repays", lambda *_: True)
+    monkeypatch.setattr(evaluation, "compile_error", lambda device: error)
+    Adapter(*loaded, True, 2).generate_until(instances(("Q:", {"max_gen_toks": 2})))
+    assert compiled == [error is None]
 
 
 # --------------------------------------------------------------------------------------------------

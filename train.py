@@ -189,7 +189,8 @@ def choose_compile(cfg, device, flops):
         return False, "too short a run to repay it"
     error = compile_error(device)
     if error and cfg.compile:
-        sys.exit(f"compile: {error}; with --compile=False it trains, and on a GPU half as fast")
+        sys.exit(f"--compile=True does not work here: {error}. Install what is missing (g++ for a "
+                 "CPU; gcc and python3-dev for a GPU), or train with --compile=False")
     return not error, error or ("as asked" if cfg.compile else "a long run" if device.type == "cpu"
                                 else "it pays on a GPU")
 
