@@ -182,6 +182,8 @@ def test_readme_commands_parse():
         arguments = shlex.split(arguments)
         if script == "train":
             read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
+        elif script == "check":
+            assert not arguments                                       # it takes none
         else:
             scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
                        "eval": evaluation}
