@@ -767,9 +767,10 @@ def bench_generate(args):
                  f"{config.context}")
     device, peers = find_device(), generation_peers(args.batch) if args.peers else {}
     dtype, why = find_dtype(device)
-    error = args.compile == "True" and compile_error(device)
-    if error:
+    compile = args.compile == "True"
+    if compile and (error := in_own_process(compile_error, device)):
         print(f"not compiled: {error}")
+        compile = False
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         source = source or random_model(folder)
@@ -785,7 +786,7 @@ def bench_generate(args):
         for quantize, name, measure in tqdm(jobs * 2, desc="measuring"):            # in turns
             runs[quantize, name].append(in_own_process(
                 measure, folder if name == "llama_cpp" else source, quantize, args.batch,
-                args.prompt, args.tokens, args.compile == "True" and not error))
+                args.prompt, args.tokens, compile))
     return tell(runs, args, str(dtype)[6:], limit, in_own_process(read_limit, device))
 
 

@@ -458,8 +458,8 @@ def test_memory_in_the_readme_is_what_is_counted():
 
 
 def test_blocks_keep_what_they_computed_where_there_is_room(monkeypatch):
-    """Computing norms, rotation and SwiGLU again costs about a thirtieth of a step on a GPU; and
-    not doing so, a third of a block's memory."""
+    """Computing norms, rotation and SwiGLU again costs a GPU time, by an estimate a thirtieth of a
+    step; and not doing so, a third of a block's memory."""
     cfg, gpu = TrainConfig(vocab_size=32_000), torch.device("cuda")
     with torch.device("meta"):
         model = Llama(cfg)
