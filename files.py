@@ -1,0 +1,60 @@
+"""Files that are whole or absent, never half-written; JSON and checksums."""
+import json
+import os
+from contextlib import contextmanager
+from hashlib import file_digest
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something given to the program cannot be used: the message says what, why, and the fix."""
+
+
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path in the same folder to write to. Afterwards that file takes the name
+    `path`, whole and on disk; after an error it is removed, and what was at `path` is untouched."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync(path):
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path):
+    """The object in a JSON file, a dict. Raises InputError for a file that is missing or damaged."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}" if path.parent.is_dir()
+                         else f"there is no folder {path.parent}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} cannot be read (it holds a {type(found).__name__}, "
+                         "not an object)")
+    return found
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def sha256_file(path):
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
