@@ -57,7 +57,7 @@ from statistics import median
 import numpy as np
 import sentencepiece
 import torch
-import torch._dynamo      # building an optimizer would import it, and count it as memory of a step
+import torch._dynamo  # building an optimizer would import it, and count it as memory of a step
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -65,13 +65,30 @@ import model
 import prepare
 import train
 from config import load
-from data import DataError, Header, Source, TokenWriter
-from device import (compile_error, device_name, disable_malloc_trim, find_device, find_dtype,
-                    memory_used, peak_flops)
-from sample import (STORED, Decoder, Weight, find_model, generate, in_large_pages, load_model,
-                    only_read, size_of)
+from data import Header, Source, TokenWriter
+from device import (
+    compile_error,
+    device_name,
+    disable_malloc_trim,
+    find_device,
+    find_dtype,
+    memory_used,
+    peak_flops,
+)
+from files import InputError, read_json
+from sample import (
+    LINEAR_TYPES,
+    Decoder,
+    FrozenLinear,
+    find_model,
+    freeze_for_inference,
+    generate,
+    in_large_pages,
+    load_model,
+    stored_bytes,
+)
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
-from train import TrainConfig, World, in_bytes
+from train import TrainConfig, World, format_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -192,9 +209,9 @@ def do_without(left_out):
     elif "attention by rows" in left_out:
         model.attention = attention_by_sdpa
     if "joined products" in left_out:
-        model.products = products_one_by_one
+        model.fused_linear = products_one_by_one
     if "loss by parts" in left_out:
-        model.HeadLoss = WholeLoss
+        model.FusedLinearCrossEntropy = WholeLoss
 
 
 def random_source(folder, cfg):
@@ -255,7 +272,7 @@ def measure_training(cfg, batch, seconds, left_out=()):
     with torch.device("meta"):
         llama = model.Llama(cfg)
     recompute = train.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
-    counted = sum(train.memory_needed(llama, cfg, 1, micro, dtype, device, compiled, recompute))
+    counted = sum(train.estimate_memory(llama, cfg, 1, micro, dtype, device, compiled, recompute))
     empty = memory_used(device)
     called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
                                recompute)
@@ -303,7 +320,7 @@ def measure_transformers(cfg, batch, seconds):
 
     def step():
         for rows in x.split(micro):
-            with train.precision(device, dtype):
+            with train.autocast(device, dtype):
                 loss = called(input_ids=rows, labels=rows).loss / parts
             loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), cfg.grad_clip)
@@ -393,9 +410,9 @@ def announce(cfg, batch, speed, ours, card, products):
     for name, flops in ("6N + 12LCT", full), ("6(N - VC) + 6LCT", strict):
         print(f"  {speed * flops / 1e12:.3f} TFLOP/s by {name}: MFU {speed * flops / peak:.1%} of "
               f"what {whose}")
-    print(f"  memory: {in_bytes(ours['memory'])} at the peak, {in_bytes(ours['empty'])} before "
+    print(f"  memory: {format_bytes(ours['memory'])} at the peak, {format_bytes(ours['empty'])} before "
           "there was a model; weights, gradients, moments and activations as counted: "
-          f"{in_bytes(ours['counted'])}")
+          f"{format_bytes(ours['counted'])}")
     return {"tokens_per_second": speed, "mfu": speed * full / peak,
             "mfu_strict": speed * strict / peak, "peak_memory": ours["memory"],
             "counted_memory": ours["counted"], "products": products}
@@ -424,7 +441,7 @@ def ladder(measured, run, rate):
         print(f"{'+ ' * (before is not None) + name:24}"
               f"{f'{speed:,.0f}' if speed else 'out of memory':>13}"
               f"{f'{speed / before:.2f}' if speed and before else '':>8}"
-              f"{in_bytes(memory) if memory else '':>14}"
+              f"{format_bytes(memory) if memory else '':>14}"
               f"{f'{without:,.0f}' if without else '':>18}")
         before = speed or 0
     return steps
@@ -606,26 +623,26 @@ def measure_generation(folder, quantize, batch, prompt, steps, compile):
     own: seconds to load, of the prompt, of each step; bytes; the logits behind the prompt."""
     device = find_device()
     start = time.perf_counter()
-    llama = only_read(model.Llama.from_pretrained(folder, device, find_dtype(device)[0]), quantize)
+    llama = freeze_for_inference(model.Llama.from_pretrained(folder, device, find_dtype(device)[0]), quantize)
     loading, V = time.perf_counter() - start, llama.config.vocab_size
     decoder = Decoder(llama, batch, prompt + steps, V, compile)
     ids = random_prompt(V, prompt)
     with torch.inference_mode():
-        reading = seconds_of(lambda: decoder.read([ids]), device, 3)
-        decoder.read([ids], batch)
+        reading = seconds_of(lambda: decoder.prefill([ids]), device, 3)
+        decoder.prefill([ids], batch)
         start = time.perf_counter()
-        decoder.step(torch.zeros(batch, 1, dtype=torch.long, device=device))
+        decoder.decode(torch.zeros(batch, 1, dtype=torch.long, device=device))
         compiling = time.perf_counter() - start
-        logits = decoder.read([ids])[0].cpu().numpy()
+        logits = decoder.prefill([ids])[0].cpu().numpy()
     marks = []
     for _ in generate(decoder, [ids], batch, steps, set(), greedy):
         marks.append(time.perf_counter())
-    weights = sum(tensor.nbytes for m in decoder.model.modules() if isinstance(m, Weight)
+    weights = sum(tensor.nbytes for m in decoder.model.modules() if isinstance(m, FrozenLinear)
                   for tensor in m.buffers())
     cache = sum(tensor.nbytes for pair in decoder.cache.layers for tensor in pair)
     return {"loading": loading, "compiling": compiling, "reading": reading,
             "steps": np.diff(marks).tolist()[1:], "bytes": weights + cache,
-            "stored": size_of(llama), "memory": memory_used(device), "logits": logits}
+            "stored": stored_bytes(llama), "memory": memory_used(device), "logits": logits}
 
 
 def measure_transformers_generation(folder, quantize, batch, prompt, steps, compile):
@@ -760,7 +777,7 @@ def bench_generate(args):
         if getattr(args, name) < 1 + 2 * (name == "tokens"):
             sys.exit(f"--{name} must be above {2 * (name == 'tokens')}, got {getattr(args, name)}")
     source = find_model(args.checkpoint) if args.checkpoint else None
-    config = (model.config_from_hf(model.read_json(source / "config.json")) if source
+    config = (model.config_from_hf(read_json(source / "config.json")) if source
               else model.ModelConfig())
     if args.prompt + args.tokens > config.context:
         sys.exit(f"--prompt={args.prompt} and --tokens={args.tokens} are more than the context of "
@@ -818,7 +835,7 @@ def tell(runs, args, dtype, *limits):
         label = {"ours": quantize or dtype, "llama_cpp": f"llama.cpp {GGUF[quantize]}"}
         print(f"{'  ' * (name != 'ours') + label.get(name, name):26}{text}"
               f"{row['prompt_tokens_per_second']:10,.0f}{reading:9.2f}"
-              f"{in_bytes(row['peak_memory']):>9}"
+              f"{format_bytes(row['peak_memory']):>9}"
               + (f"{ours[f'ratio_to_{name}']:9.2f}" if name != "ours" else ""))
     for key, row in results.items():
         print(f"{key}: loaded in {row['loading']:.1f} s, compiled in {row['compiling']:.1f} s"
@@ -837,7 +854,7 @@ def sources_of(args, folder):
     checkpoint."""
     names, state = args.data, folder / "training/state.json"
     if not names and state.exists():
-        state = model.read_json(state)
+        state = read_json(state)
         names = [str(Path(state["recipe"]["data_dir"]) / name) for name in state["sources"]]
     if not names:
         sys.exit("--quality needs texts: --data=data/NAME")
@@ -854,7 +871,7 @@ def bench_quality(args):
     print(f"{'':12}{'MB':>8}{'logits off':>12}{'same choice':>13}  bits per byte of "
           + ", ".join(names))
     for quantize in args.precisions:
-        llama = only_read(model.Llama.from_pretrained(folder, device, dtype), quantize)
+        llama = freeze_for_inference(model.Llama.from_pretrained(folder, device, dtype), quantize)
         source_bits, away, agreed = [], [], []
         for name in names:
             source = Source(name, "val", llama.config.context)
@@ -870,7 +887,7 @@ def bench_quality(args):
                 agreed.append((logits.argmax(-1) == first.argmax(-1)).float().mean().item())
             source_bits.append(nats / math.log(2) * source.info["tokens"] / source.info["bytes"])
         results[quantize or str(dtype)[6:]] = row = {
-            "stored": size_of(llama), "distance": sum(away) / len(away),
+            "stored": stored_bytes(llama), "distance": sum(away) / len(away),
             "agreement": sum(agreed) / len(agreed), "bits_per_byte": dict(zip(names, source_bits))}
         print(f"{quantize or str(dtype)[6:]:12}{row['stored'] / 1e6:8,.1f}{row['distance']:12.2%}"
               f"{row['agreement']:13.1%}  " + "  ".join(f"{bits:.4f}" for bits in source_bits))
@@ -961,7 +978,7 @@ def bench_eval(args):
 
 def stored_as(word):
     """None for "full", else a way to quantize."""
-    found = {str(key or "full"): key for key in STORED}
+    found = {str(key or "full"): key for key in LINEAR_TYPES}
     if word not in found:
         raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(found)}")
     return found[word]
@@ -993,7 +1010,7 @@ def parse_args(argv):
     p.add_argument("--prompt", type=int, default=512, help="tokens before (%(default)s)")
     p.add_argument("--tokens", type=int, default=100, help="to generate (%(default)s)")
     p.add_argument("--precisions", type=lambda text: [stored_as(word) for word in text.split(",")],
-                   default=[*STORED], help="of full,int8,int4: those to measure")
+                   default=[*LINEAR_TYPES], help="of full,int8,int4: those to measure")
     p.add_argument("--compile", choices=["True", "False"], default="True")
     p.add_argument("--peers", action="store_true", help="measure transformers and llama.cpp, too")
     p.add_argument("--quality", action="store_true", help="measure what a precision costs instead")
@@ -1030,5 +1047,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
-    except (DataError, model.ModelError, prepare.Unreadable, OSError) as error:
+    except (InputError, prepare.Unreadable, OSError) as error:
         sys.exit(str(error))

@@ -50,7 +50,7 @@ def attention_errors(device, dtype, B, T, S, masked=False, training=False):
 
 def step(device, dtype, compiled=False, checkpointing=False):
     """{what: value} of a micro-batch, loss and gradients: the same weights and tokens anywhere."""
-    model.LOSS_ROWS = 512                                                         # so in two parts
+    model.LOSS_CHUNK = 512                                                         # so in two parts
     torch.manual_seed(0)
     cfg = train.TrainConfig(n_layer=2, vocab_size=4096, context=512)
     weights = model.Llama(cfg).init_weights().state_dict()
@@ -60,7 +60,7 @@ def step(device, dtype, compiled=False, checkpointing=False):
                                recompute=checkpointing)
     llama.load_state_dict(weights)
     x, y = (torch.randint(3, 4096, (2, 512)).to(device) for _ in range(2))
-    with train.precision(device, dtype):
+    with train.autocast(device, dtype):
         loss = called(x, y)
     loss.backward()
     return {"loss": loss} | {f"gradient of {n}": p.grad for n, p in llama.named_parameters()}
@@ -71,7 +71,7 @@ def text(device, quantize, compile=False):
     torch.manual_seed(0)
     llama = model.Llama(model.ModelConfig(n_layer=4, d_model=512, n_head=8, n_kv_head=2, d_ff=1408,
                                           vocab_size=4096, context=512)).init_weights()
-    llama = sample.only_read(llama.to(device), quantize)
+    llama = sample.freeze_for_inference(llama.to(device), quantize)
     steps = sample.generate(sample.Decoder(llama, 2, 200, 4096, compile), [[5, 6, 7], [9] * 40], 1,
                             40, set(), lambda logits: logits.argmax(-1))
     return torch.tensor([sum(row, []) for row in zip(*steps)])
@@ -107,7 +107,7 @@ def main(argv):
             report(f"a step in {dtype}{', compiled' * compiled}{', checkpointed' * again}",
                    3 * most, lambda: {name: distance(value, exact[name]) for name, value in
                                       step(device, dtype, compiled, again).items()})
-    for quantize in sample.STORED:
+    for quantize in sample.LINEAR_TYPES:
         right = text(CPU, quantize)
         for compile in (False, True)[:1 if error else 2]:
             report(f"text, {quantize or 'full'} weights{', compiled' * compile}", 0.05, lambda: {

@@ -28,15 +28,17 @@ import os
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b, sha256
-from math import floor, isqrt
+from math import floor, isqrt, log
 from pathlib import Path
 
 import numpy as np
 
+from files import InputError
+
 MAGIC, VERSION, HEADER_BYTES = 20240104, 1, 1024
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data or a mixture that cannot be trained on; the message says which, and what to do."""
 
 
@@ -211,6 +213,12 @@ class Source:
         return ids
 
 
+def bits_per_byte(nats, size):
+    """Bits per byte of a text of `size` bytes that cost a model `nats` in all. Nats per token depend
+    on the tokenizer, bits per byte do not."""
+    return nats / log(2) / size
+
+
 # --------------------------------------------------------------------------------------------------
 # Stages and mixing
 
@@ -246,7 +254,7 @@ def parse_stages(stages, context):
         if not {"tokens", "batch", "mixture"} <= keys <= {"tokens", "batch", "mixture", "ramp"}:
             raise DataError(f"stage {k} is {stage}: it must be a dict of tokens, batch, "
                             "mixture (itself a dict, source: share) and, where wanted, ramp")
-        tokens, batch, ramp = (whole(stage.get(key, 0), f"{key} of stage {k}")
+        tokens, batch, ramp = (require_int(stage.get(key, 0), f"{key} of stage {k}")
                                for key in ("tokens", "batch", "ramp"))
         if tokens < 1 or batch < 1:
             raise DataError(f"stage {k} has {tokens} tokens in batches of {batch}: "
@@ -275,13 +283,13 @@ def parse_stages(stages, context):
     return parsed
 
 
-def whole(number, what):
+def require_int(number, what):
     if type(number) not in (int, float) or number != number // 1:
         raise DataError(f"{what} must be a whole number, got {number!r}")
     return int(number)
 
 
-def due(stage, name, x):
+def target_count(stage, name, x):
     """How many sequences source `name` should have given after x of the stage: its integrated
     share, rounded. Exact."""
     before, share = stage.before.get(name, 0), stage.shares.get(name, 0)
@@ -292,7 +300,7 @@ def due(stage, name, x):
     return floor(integral + Fraction(1, 2))
 
 
-def counts(stage, n):
+def sequences_per_source(stage, n):
     """How many of the first n sequences of a stage come from each source, {name: count}.
 
     The counts due at x add up to within K/2 of x, so what was due K sequences ago has been served
@@ -301,12 +309,12 @@ def counts(stage, n):
     """
     names = stage.names
     x = max(0, n - len(names))
-    served = {name: due(stage, name, x) for name in names}
+    served = {name: target_count(stage, name, x) for name in names}
     left = n - sum(served.values())
     while left:
         x += 1
         for name in names:
-            if left and due(stage, name, x) > served[name]:
+            if left and target_count(stage, name, x) > served[name]:
                 served[name] += 1
                 left -= 1
     return served
@@ -315,7 +323,7 @@ def counts(stage, n):
 # --------------------------------------------------------------------------------------------------
 # Shuffling
 
-def scramble(x, key):
+def splitmix64(x, key):
     """The mixing function of splitmix64 on an array of uint64, which wraps around on purpose."""
     x = x + key
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -323,7 +331,7 @@ def scramble(x, key):
     return x ^ x >> np.uint64(31)
 
 
-def shuffled(indices, n, *key):
+def permute(indices, n, *key):
     """Elements `indices` (array of ints below n) of the permutation of range(n) that `key` names,
     as int64.
 
@@ -341,8 +349,8 @@ def shuffled(indices, n, *key):
         l, r = place[moving] // b, place[moving] % b
         for k in range(0, 8, 2):
             # % before +: a sum that wraps at 2^64 could not be undone
-            l = (l + scramble(r, keys[k]) % a) % a
-            r = (r + scramble(l, keys[k + 1]) % b) % b
+            l = (l + splitmix64(r, keys[k]) % a) % a
+            r = (r + splitmix64(l, keys[k + 1]) % b) % b
         place[moving] = l * b + r
         moving = place >= n
     return place.astype(np.int64)
@@ -360,16 +368,16 @@ def sequences(stages, windows, seed, step):
         if step < stage.steps:
             break
         step -= stage.steps
-        for name, count in counts(stage, stage.steps * stage.batch).items():
+        for name, count in sequences_per_source(stage, stage.steps * stage.batch).items():
             given[name] += count
     else:
         raise IndexError("the step lies behind the last stage")
-    first, last = counts(stage, step * stage.batch), counts(stage, (step + 1) * stage.batch)
+    first, last = sequences_per_source(stage, step * stage.batch), sequences_per_source(stage, (step + 1) * stage.batch)
     batch = []
     for name in first:
         j = np.arange(given[name] + first[name], given[name] + last[name])
         epoch = j // windows[name]
         for e in np.unique(epoch):
-            chosen = shuffled(j[epoch == e] % windows[name], windows[name], seed, name, int(e))
+            chosen = permute(j[epoch == e] % windows[name], windows[name], seed, name, int(e))
             batch += [(name, int(w)) for w in chosen]
     return batch

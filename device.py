@@ -74,11 +74,23 @@ def find_dtype(device, wanted="auto"):
     return torch.float32, f"bfloat16 is not taken by itself on this {device.type}"
 
 
+def choose_compile(device, wanted, pays, why):
+    """(whether to compile, why): as `wanted`, or, where that is None, if it `pays`. Exits where
+    compiling is wanted and does not work."""
+    if wanted is False or wanted is None and not pays:
+        return False, why if wanted is None else "as asked"
+    error = compile_error(device)
+    if error and wanted:
+        sys.exit(f"--compile=True does not work here: {error}. Install what is missing (g++ for a "
+                 "CPU; gcc and python3-dev for a GPU), or give --compile=False")
+    return not error, error or ("as asked" if wanted else why)
+
+
 @lru_cache
 def compile_error(device):
     """Why torch.compile does not work for the device, None if it does. It needs a C++ compiler for
     a CPU, a C compiler and triton for a GPU, Python's headers for both, and each may be missing or
-    broken: so something small is compiled, of a size that no cache has."""
+    broken. So something small is compiled, of a size that no cache has."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}"
     try:
@@ -87,6 +99,13 @@ def compile_error(device):
     except Exception as error:
         lines = str(error).splitlines() or [repr(error)]
         return next((line for line in lines if "error: " in line), lines[0])
+
+
+def compile_function(function, **options):
+    """The function, compiled as one graph for each combination of shapes. With dynamic shapes, the
+    code would depend on the order in which shapes come, and so would its rounding."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
 
 def device_name(device):

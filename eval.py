@@ -40,11 +40,20 @@ from tqdm import tqdm
 
 import plot
 import prepare
-from data import DataError, Source
+from data import Source
 from device import compile_error, find_device, find_dtype
-from model import ModelError, read_json
-from sample import (STORED, Decoder, Stream, choose, count, find_model, generate, load_model,
-                    repays)
+from files import InputError, read_json, write_json
+from sample import (
+    LINEAR_TYPES,
+    Decoder,
+    TextStreamer,
+    count_parameters,
+    find_model,
+    generate,
+    load_model,
+    sample_token,
+    should_compile,
+)
 from tokenizer import Encoder
 
 try:
@@ -138,7 +147,7 @@ def likelihoods(model, texts, batch, done=lambda texts: None):
     answers, device = [None] * len(texts), model.embed.weight.device
     for rows in batches(rows_of(texts, model.config.context), batch):
         ids, places = lay_out(rows, device)
-        x = model.states(ids, places=places).flatten(0, 1)                          # (B T, C)
+        x = model.hidden_states(ids, places=places).flatten(0, 1)                          # (B T, C)
         asked = [(number, [b * ids.shape[1] + j for j in at], targets)
                  for b, row in enumerate(rows) for number, at, targets in row.asked]
         at, targets = (torch.tensor([*chain(*lists)], dtype=torch.long, device=device)
@@ -258,17 +267,17 @@ class Adapter(TemplateLM):
             prompts.append((ids[-(self.context - new):], k, context))
         prompts.sort(key=lambda prompt: -len(prompt[0]))
         rows, most = min(self.batch, len(prompts)), len(prompts[0][0]) + new
-        decoder = Decoder(self.model, rows, most, self.tokens.size, repays(
+        decoder = Decoder(self.model, rows, most, self.tokens.size, should_compile(
             self.model, self.quantize, math.ceil(len(prompts) / rows) * new)
             and not compile_error(self.model.embed.weight.device))
         for start in range(0, len(prompts), rows):
             part = prompts[start:start + rows]
             texts, going = [""] * len(part), [True] * len(part)
             # a few tokens of a prompt are enough to tell what those behind it add
-            streams = [Stream(self.tokens, ids[-8:]) for ids, _, _ in part]
+            streams = [TextStreamer(self.tokens, ids[-8:]) for ids, _, _ in part]
             spare = [[self.prefix_token_id]] * (rows - len(part))
             for new_ids in generate(decoder, [ids for ids, _, _ in part] + spare, 1, new,
-                                    self.tokens.eos_ids, partial(choose, **settings)):
+                                    self.tokens.eos_ids, partial(sample_token, **settings)):
                 for r in range(len(part)):
                     if going[r]:
                         texts[r] += streams[r].add(new_ids[r])
@@ -612,7 +621,7 @@ def parse_args(argv):
     parser.add_argument("--include_path", metavar="FOLDER", help="with tasks of your own, in YAML")
     parser.add_argument("--run_code", action="store_true", help="run code that the model writes "
                         "on this machine, unprotected; HumanEval is left out without")
-    parser.add_argument("--quantize", choices=[*filter(None, STORED)])
+    parser.add_argument("--quantize", choices=[*filter(None, LINEAR_TYPES)])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="default: bfloat16 where the hardware has it; published: float32")
     parser.add_argument("--out", metavar="FILE.png", help="the picture of several checkpoints; "
@@ -641,7 +650,7 @@ def record(folder, name, found, args):
     path = folder / "eval" / (",".join([name.replace("/", "_"), *words]) + ".json")
     try:
         path.parent.mkdir(exist_ok=True)
-        prepare.write_json(path, {"checkpoint": str(folder), "task": name} | how | found)
+        write_json(path, {"checkpoint": str(folder), "task": name} | how | found)
     except OSError as error:
         print(f"{path} cannot be written: {error.strerror}", file=sys.stderr)
 
@@ -656,7 +665,7 @@ def evaluate(folder, tasks, asked, args, left_out):
     state, weight = folder / "training" / "state.json", model.embed.weight
     run = {"tokens": read_json(state)["tokens"] if state.exists() else None,
            "of": str(folder.parent), "dtype": str(weight.dtype)[6:], "scores": {}, "bits": {}}
-    print(f"{folder}: {count(model):,} parameters, {args.quantize or run['dtype']}, "
+    print(f"{folder}: {count_parameters(model):,} parameters, {args.quantize or run['dtype']}, "
           f"{weight.device}", file=sys.stderr)
     lm = Adapter(model, tokenizer, args.bos, args.batch, args.quantize)
     how = {"tokens_seen": run["tokens"], "batch": args.batch, "computed_in": run["dtype"]}
@@ -714,7 +723,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ModelError, DataError, prepare.Unreadable) as error:
+    except (InputError, prepare.Unreadable) as error:
         sys.exit(str(error))
     except BrokenPipeError:                      # whoever read the tables has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,9 +25,7 @@ Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 
 What is put on from outside (sharding, precision, compilation) changes nothing here.
 """
 import copy
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +37,15 @@ from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
+from files import InputError, atomic_write, read_json, write_json
+
 try:
     from flash_attn import flash_attn_func
 except ImportError:      # it needs a CUDA compiler to install, and nothing here needs it
     flash_attn_func = None
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that cannot be built, or a folder that does not hold one we can read; the message
     says which and why."""
 
@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
 
-def rotary(positions, head_dim, theta):
+def rope_cos_sin(positions, head_dim, theta):
     """cos and sin, (1, T, D) each in fp32, of the rotary angles at positions (T,); (B, 1, T, D) at
     positions (B, T) (RoFormer, arXiv 2104.09864).
 
@@ -109,7 +109,7 @@ def rotary(positions, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
     """x (B, H, T, D) with the pairs (x[i], x[i + D/2]) turned by their angle: the half-split
     layout, that of Hugging Face.
 
@@ -157,7 +157,7 @@ def attention(q, k, v, mask=None):
             return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                    causal=True).transpose(1, 2)
         if backend == "plain products":
-            return attention_by_rows(q, k, v)
+            return chunked_attention(q, k, v)
         if T == S:
             if q.is_cuda and q.dtype == torch.float32:   # for grouped heads PyTorch has no kernel
                 k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))   # there: all scores
@@ -172,10 +172,10 @@ def attention(q, k, v, mask=None):
     return y.reshape(B, H, T, D)     # CUDA's kernels return (B, T, H, D) memory: view would fail
 
 
-ROWS = 64
+QUERY_CHUNK = 64
 
 
-def attention_by_rows(q, k, v, rows=ROWS):
+def chunked_attention(q, k, v, rows=QUERY_CHUNK):
     """attention by plain products, `rows` queries at a time against the keys that they see: what is
     masked is never computed, but for a corner of each part, and a part's scores stay in the CPU's
     cache. Query heads that share a key head are rows of one product.
@@ -244,7 +244,7 @@ class KVCache:
         return k[:, :, :stop], v[:, :, :stop]
 
 
-def write(cache, new, positions):
+def update_cache(cache, new, positions):
     """Writes new (B, K, T, D) into keys or values (B, K, S, D): at positions (B, T), or last."""
     T = new.shape[2]
     if positions.ndim == 1:
@@ -265,7 +265,7 @@ class Linear(nn.Linear):
         pass
 
 
-def products(x, layers):
+def fused_linear(x, layers):
     """What each of the layers makes of x. In training by one product with their joined weights: it
     fills a GPU that k and v alone, 256 wide, leave idle, and its backward pass writes one gradient
     of x instead of adding up several. Joining weights costs about what casting them does, which
@@ -287,14 +287,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
-        q, k, v = products(x, (self.q, self.k, self.v))
+        q, k, v = fused_linear(x, (self.q, self.k, self.v))
         # the backward pass needs v, and a view would keep all of the joined product alive for it
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H or K, T, D)
                    for y in (q, k, v.contiguous()))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             for seen, new in zip(cache, (k, v)):
-                write(seen, new, positions)
+                update_cache(seen, new, positions)
             k, v = cache                                                    # (B, K, S, D)
         y = attention(q, k, v, mask)
         return self.o(y.transpose(1, 2).reshape(B, T, C))                   # (B, T, C)
@@ -310,7 +310,7 @@ class MLP(nn.Module):
         self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x):
-        gate, up = products(x, (self.gate, self.up))
+        gate, up = fused_linear(x, (self.gate, self.up))
         return self.down(F.silu(gate) * up)
 
 
@@ -329,7 +329,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def loss_of_logits(logits, targets):
+def cross_entropy_and_grad(logits, targets):
     """(sum of the cross-entropies of logits (N, V) with targets (N,) in nats, its gradient by the
     logits, in their dtype); softmax in fp32."""
     targets = targets[:, None]                                               # (N, 1)
@@ -339,10 +339,10 @@ def loss_of_logits(logits, targets):
     return -right.sum(), grad.scatter_(1, targets, (right.exp() - 1).to(logits.dtype))
 
 
-LOSS_ROWS = 4096
+LOSS_CHUNK = 4096
 
 
-class HeadLoss(torch.autograd.Function):
+class FusedLinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
     The logits are the largest tensor of a step, 384 kB a token in bf16 and fp32 with their
@@ -352,14 +352,14 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, loss_of_logits, learning):
+    def forward(ctx, x, weight, targets, cross_entropy_and_grad, learning):
         loss, dw = 0, torch.zeros_like(weight, dtype=torch.float32) if learning else None
         if torch.is_autocast_enabled(x.device.type):                 # once, not for each part
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        dx, parts = torch.empty_like(x), math.ceil(len(x) / LOSS_ROWS)
+        dx, parts = torch.empty_like(x), math.ceil(len(x) / LOSS_CHUNK)
         for x_part, dx_part, part in zip(*(t.chunk(parts) for t in (x, dx, targets))):
-            some, grad = loss_of_logits(F.linear(x_part, weight), part)
+            some, grad = cross_entropy_and_grad(F.linear(x_part, weight), part)
             loss = loss + some
             if learning:
                 torch.mm(grad, weight, out=dx_part)
@@ -395,7 +395,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size)
-        self.loss_of_logits = loss_of_logits     # a name by which it can be compiled from outside
+        self.cross_entropy_and_grad = cross_entropy_and_grad     # a name by which it can be compiled from outside
 
     @torch.no_grad()
     def init_weights(self):
@@ -417,7 +417,7 @@ class Llama(nn.Module):
         else:
             p.normal_(std=math.sqrt(2 / 5 / C))
 
-    def states(self, idx, cache=None, places=None):
+    def hidden_states(self, idx, cache=None, places=None):
         """The normed states (B, T, C) of which the head makes logits. `places` says of tokens that
         are not simply one after the other where they stand and what they see, as KVCache.places
         does: positions (B, T) and a mask (B, 1, T, T)."""
@@ -425,7 +425,7 @@ class Llama(nn.Module):
         if cache is not None:
             places = cache.places(T)
         positions, mask = places or (torch.arange(T, device=idx.device), None)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(idx)                                                  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache and cache.layer(i, T), positions, mask)
@@ -436,11 +436,11 @@ class Llama(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With
         a cache, idx continues what the cache holds, and the cache then holds idx too."""
-        x = self.states(idx, cache)
+        x = self.hidden_states(idx, cache)
         if targets is None:                                                  # (B, T, V)
             return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
         weight = self.head.weight if hasattr(self, "head") else self.embed.weight
-        return HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), self.loss_of_logits,
+        return FusedLinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.cross_entropy_and_grad,
                               torch.is_grad_enabled())
 
     def flops_per_token(self, T=None):
@@ -465,8 +465,8 @@ class Llama(nn.Module):
         # no sampling by default: a generation_config with it on once made the original's
         # evaluations irreproducible
         write_json(folder / "generation_config.json", tokens | {"max_length": self.config.context})
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        with atomic_write(folder / "model.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=torch.float32):
@@ -500,7 +500,7 @@ class Llama(nn.Module):
                                                  f"but config.json makes it {tuple(p.shape)}")
                             own, rows = part(p)
                             own.copy_(tensor[rows])
-                        elif not name.endswith(DERIVED[:1 + self.config.tie_embeddings]):
+                        elif not name.endswith(IGNORED_TENSORS[:1 + self.config.tie_embeddings]):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read, "
@@ -529,7 +529,7 @@ HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
 
 # tensors some writers store that follow from others: the rotary frequencies and, where tied, the
 # head
-DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 def hf_name(name):
@@ -597,21 +597,3 @@ def safetensors_files(folder):
         raise ModelError(f"{folder} has no {', '.join(absent)} "
                          "(of weights, only safetensors files are read)")
     return [folder / name for name in sorted(names)]
-
-
-def read_json(path):
-    """The object in a JSON file; ModelError names a file that is missing or damaged."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        if isinstance(found, dict):
-            return found
-        raise ValueError(f"it holds a {type(found).__name__}, not an object")
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}" if path.parent.is_dir()
-                         else f"there is no folder {path.parent}") from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error})") from None
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

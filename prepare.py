@@ -50,7 +50,6 @@ from tqdm import tqdm
 from data import DataError, Header, Source, TokenWriter
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
-
 # --------------------------------------------------------------------------------------------------
 # Files
 

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from device import compile_error, find_device, find_dtype
-from model import KVCache, Linear, Llama, ModelError, read_json
-
+from files import InputError, read_json
+from model import KVCache, Linear, Llama, ModelError
 
 # --------------------------------------------------------------------------------------------------
 # Loading
@@ -114,16 +114,16 @@ def load_model(folder, quantize=None, dtype=None):
     if not isinstance(tokenizer.bos_id, int) or not 0 <= tokenizer.bos_id < tokenizer.size:
         sys.exit(f"config.json of {folder} has bos_token_id {tokenizer.bos_id}: a text begins with "
                  f"it, so it must be one of the {tokenizer.size} tokens")
-    return only_read(model, quantize), tokenizer
+    return freeze_for_inference(model, quantize), tokenizer
 
 
-def count(model):
+def count_parameters(model):
     """Its parameters, however they are stored."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(model.config).parameters())
 
 
-def size_of(model):
+def stored_bytes(model):
     """Bytes of what it stores."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
@@ -157,7 +157,7 @@ def dot(x, w):
     return sum(x[:, k] * w[:, :, k] for k in range(n)).sum((-1, -2))
 
 
-class Weight(nn.Module):
+class FrozenLinear(nn.Module):
     """A linear layer, x @ weightᵀ, whose weight (O, I) is only read from now on; here, as it is.
 
     For many rows, a prompt, that is a product of matrices. For few, a token each, its time is that
@@ -195,7 +195,7 @@ class Weight(nn.Module):
         return torch.stack([self.times(row) for row in x]).view(*shape, -1)
 
 
-class Int8(Weight):
+class Int8(FrozenLinear):
     """Each row of the weight in whole numbers from -127 to 127, times a scale."""
 
     few = 8          # as a product of matrices must first turn all of them into floats
@@ -214,7 +214,7 @@ class Int8(Weight):
         return super().times(x) * self.scale
 
 
-class Int4(Weight):
+class Int4(FrozenLinear):
     """GROUP neighbours of a row in whole numbers from -8 to 7, times a scale that makes the largest
     of them -8. A byte holds one of the first half of a group, plus 8, and 16 times one of the
     second half."""
@@ -262,28 +262,28 @@ class Embedding(nn.Module):
         return F.embedding(idx, self.weight).float()
 
 
-STORED = {None: Weight, "int8": Int8, "int4": Int4}
+LINEAR_TYPES = {None: FrozenLinear, "int8": Int8, "int4": Int4}
 
 
-def only_read(model, quantize=None):
+def freeze_for_inference(model, quantize=None):
     """The model, from now on for reading only, its linear layers stored as STORED says."""
     torch.backends.cuda.enable_cudnn_sdp(False)              # see model.WITHOUT_CUDNN
     model.requires_grad_(False)
     if model.config.tie_embeddings:
-        model.head = STORED[quantize](model.embed.weight)
+        model.head = LINEAR_TYPES[quantize](model.embed.weight)
     model.embed = Embedding(model.embed.weight)
     for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         for name, child in module.named_children():
             if isinstance(child, Linear):       # nothing holds it when the next one is stored
-                setattr(module, name, STORED[quantize](child.weight))
+                setattr(module, name, LINEAR_TYPES[quantize](child.weight))
     return model.eval()
 
 
 # --------------------------------------------------------------------------------------------------
 # Steps
 
-CHUNK = 512         # tokens of a prompt that are run at once
-ROUND = 128         # a cache is a multiple of this, so that compiled code is found again
+PREFILL_TOKENS = 512         # tokens of a prompt that are run at once
+CACHE_MULTIPLE = 128         # a cache is a multiple of this, so that compiled code is found again
 
 
 def compiled(model):
@@ -300,11 +300,11 @@ def compiled(model):
     return fast
 
 
-def repays(model, quantize, steps):
+def should_compile(model, quantize, steps):
     """Whether compiling repays itself in so many steps. It takes some ten seconds, and then a token
     of TinyLlama half the time on a CPU; or far less of it, where weights are stored in fewer bits,
     as without a compiler they are turned into floats as a whole, for each token."""
-    on_cpu, read = model.embed.weight.device.type == "cpu", steps * count(model)
+    on_cpu, read = model.embed.weight.device.type == "cpu", steps * count_parameters(model)
     return read > (1e10 if quantize else 1.5e11 if on_cpu else 1e13)
 
 
@@ -317,32 +317,32 @@ class Decoder:
         self.model, self.vocabulary = model, vocabulary
         self.fast = compiled(model) if compile else model
         weight = model.embed.weight
-        size = -(-size // ROUND) * ROUND
+        size = -(-size // CACHE_MULTIPLE) * CACHE_MULTIPLE
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         self.cache.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.graphs = {}
 
-    def room(self, prompts, n, most):
+    def tokens_left(self, prompts, n, most):
         """How many ids may follow prompts, n rows for each: at most `most`, within the context."""
         return [min(most, self.model.config.context - len(prompt)) for prompt in prompts
                 for _ in range(n)]
 
-    def read(self, prompts, n=1):
+    def prefill(self, prompts, n=1):
         """Logits (R, V) behind prompts, lists of ids, n rows for each. A prompt is run once, in
         chunks if it is long; short ones together, as far as that is no more than a chunk."""
         device, last, done = self.cache.length.device, [], 0
         while done < len(prompts):
             some, T = [], 0
             for prompt in prompts[done:]:
-                if some and max(T, len(prompt)) * (len(some) + 1) > CHUNK:
+                if some and max(T, len(prompt)) * (len(some) + 1) > PREFILL_TOKENS:
                     break
                 some.append(prompt)
                 T = max(T, len(prompt))
             rows = self.cache.rows(slice(done * n, (done + len(some)) * n, n))
             for part in torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in some],
-                                     device=device).split(CHUNK, dim=1):
-                x = self.model.states(part, cache=rows)                           # (B, T, C)
-            last += [x[b, (len(prompt) - 1) % CHUNK] for b, prompt in enumerate(some)]
+                                     device=device).split(PREFILL_TOKENS, dim=1):
+                x = self.model.hidden_states(part, cache=rows)                           # (B, T, C)
+            last += [x[b, (len(prompt) - 1) % PREFILL_TOKENS] for b, prompt in enumerate(some)]
             done += len(some)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache.length[:len(prompts) * n] = lengths.repeat_interleave(n)
@@ -352,7 +352,7 @@ class Decoder:
         logits = self.model.head(torch.stack(last)).repeat_interleave(n, 0)
         return logits[:, :self.vocabulary].float()
 
-    def step(self, ids):
+    def decode(self, ids):
         """Logits (R, T, V) behind each of ids (R, T), which continue the rows; to be used before
         the next step, as a graph leaves those in the same place."""
         if ids.device.type != "cuda":
@@ -366,17 +366,17 @@ class Decoder:
         return logits[..., :self.vocabulary].float()
 
     @torch.inference_mode()
-    def warm(self, T):
+    def warmup(self, T):
         """Takes a step of T tokens for nothing, so that the next ones find it compiled. The rows
         are to be read after this."""
-        self.step(torch.zeros(len(self.cache.length), T, dtype=torch.long,
+        self.decode(torch.zeros(len(self.cache.length), T, dtype=torch.long,
                               device=self.cache.length.device)).sum().item()
 
     def capture(self, given):
         """A CUDA graph of one step: hundreds of kernels that are started by a single call. (It,
         where it takes its ids, where it leaves its logits.)"""
         length = self.cache.length.clone()
-        side = torch.cuda.Stream()
+        side = torch.cuda.TextStreamer()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):               # compiles, and lets libraries make their plans
             for _ in range(3):
@@ -392,7 +392,7 @@ class Decoder:
 # --------------------------------------------------------------------------------------------------
 # Generation
 
-def likeliest(logits, temperature=1.0, top_k=0, top_p=1.0):
+def top_k_top_p(logits, temperature=1.0, top_k=0, top_p=1.0):
     """(probabilities, ids), both (..., k), of what may be drawn behind logits (..., V), likeliest
     first: of softmax(logits / temperature) the top_k likeliest (0: all), and of these the fewest
     that hold top_p of the probability (arXiv 1904.09751), not yet normalised; at temperature 0 the
@@ -405,19 +405,19 @@ def likeliest(logits, temperature=1.0, top_k=0, top_p=1.0):
     return p, ids
 
 
-def draw(p, generator=None):
+def sample_from(p, generator=None):
     """Of each row of p (..., V) one place, (..., 1), with a chance in proportion to p: the first to
     ring of alarms at rates p. Nothing waits for the device, as torch.multinomial would."""
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (n, V), as (n,); see likeliest."""
-    p, ids = likeliest(logits, temperature, top_k, top_p)
-    return ids.gather(-1, draw(p, generator)).squeeze(-1)
+    p, ids = top_k_top_p(logits, temperature, top_k, top_p)
+    return ids.gather(-1, sample_from(p, generator)).squeeze(-1)
 
 
-def runs_ahead(device):
+def is_async(device):
     """Whether a device works on its own, so that it should be told its next step before the ids of
     this one are waited for."""
     return device.type == "cuda"
@@ -439,7 +439,7 @@ def on_host(ids):
     return read
 
 
-def keep(new, left, eos_ids):
+def truncate_at_eos(new, left, eos_ids):
     """Of new, a list of ids for each row, what comes up to its end; left is how many each row may
     still take, 0 once it has ended."""
     for r, ids in enumerate(new):
@@ -457,21 +457,21 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
     `pick` takes logits (R, V) and returns ids (R,). A row gets at most max_new_tokens, and never
     more than the context holds.
     """
-    left = decoder.room(prompts, n, max_new_tokens)
-    ids, most = pick(decoder.read(prompts, n)), max(left)
-    ahead = runs_ahead(ids.device)
+    left = decoder.tokens_left(prompts, n, max_new_tokens)
+    ids, most = pick(decoder.prefill(prompts, n)), max(left)
+    ahead = is_async(ids.device)
     for k in range(most):
         read = on_host(ids)
         if ahead and k + 1 < most:
-            ids = pick(decoder.step(ids[:, None])[:, -1])
-        yield keep([[i] for i in read()], left, eos_ids)
+            ids = pick(decoder.decode(ids[:, None])[:, -1])
+        yield truncate_at_eos([[i] for i in read()], left, eos_ids)
         if not any(left):
             return
         if not ahead:
-            ids = pick(decoder.step(ids[:, None])[:, -1])
+            ids = pick(decoder.decode(ids[:, None])[:, -1])
 
 
-def settle(p, q, guessed, generator=None):
+def verify_draft(p, q, guessed, generator=None):
     """(how many of guessed (R, k) stay, the id that follows those), both (R, 1), where q (R, k, V)
     are the chances that they were drawn with, and p (R, k + 1, V) those of the model.
 
@@ -486,7 +486,7 @@ def settle(p, q, guessed, generator=None):
     p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]                       # (R, V)
     rest = (p - q).clamp_(min=0)
     rest = torch.where(rest.any(-1, keepdim=True), rest, p)          # where p is q but for rounding
-    return stayed, draw(rest, generator)
+    return stayed, sample_from(rest, generator)
 
 
 @torch.inference_mode()
@@ -498,23 +498,23 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
     `how` are the settings of likeliest; counts[0] are the guesses made, counts[1] those that
     stayed.
     """
-    left = decoder.room(prompts, n, max_new_tokens)
+    left = decoder.tokens_left(prompts, n, max_new_tokens)
 
     def chances(logits):                                     # (..., V), of the whole vocabulary
-        p, ids = likeliest(logits, **how)
+        p, ids = top_k_top_p(logits, **how)
         return torch.zeros_like(logits).scatter_(-1, ids, p / p.sum(-1, keepdim=True))
 
-    draft.read(prompts, n)
-    ids = draw(chances(decoder.read(prompts, n)), generator)                      # (R, 1)
-    yield keep(ids.tolist(), left, eos_ids)
+    draft.prefill(prompts, n)
+    ids = sample_from(chances(decoder.prefill(prompts, n)), generator)                      # (R, 1)
+    yield truncate_at_eos(ids.tolist(), left, eos_ids)
     while any(left):
         before, rows, q = decoder.cache.length.clone(), [ids], []
         for _ in range(guesses):
-            q.append(chances(draft.step(rows[-1])[:, -1]))
-            rows.append(draw(q[-1], generator))
-        draft.step(rows[-1])                                 # the draft reads its last guess, too
-        p, guessed = chances(decoder.step(torch.cat(rows, 1))), torch.cat(rows[1:], 1)
-        stayed, ids = settle(p, torch.stack(q, 1), guessed, generator)
+            q.append(chances(draft.decode(rows[-1])[:, -1]))
+            rows.append(sample_from(q[-1], generator))
+        draft.decode(rows[-1])                                 # the draft reads its last guess, too
+        p, guessed = chances(decoder.decode(torch.cat(rows, 1))), torch.cat(rows[1:], 1)
+        stayed, ids = verify_draft(p, torch.stack(q, 1), guessed, generator)
         for cache in (decoder.cache, draft.cache):           # the rest was never said
             cache.length.copy_(before + stayed[:, 0] + 1)
         new = [g[:k] + i for g, (k,), i in zip(guessed.tolist(), stayed.tolist(), ids.tolist())]
@@ -522,10 +522,10 @@ def speculate(decoder, draft, guesses, prompts, n, max_new_tokens, eos_ids, how,
             going = sum(l > 0 for l in left)
             counts[0] += going * guesses
             counts[1] += sum(k for (k,), l in zip(stayed.tolist(), left) if l)
-        yield keep(new, left, eos_ids)
+        yield truncate_at_eos(new, left, eos_ids)
 
 
-class Stream:
+class TextStreamer:
     """Turns ids, as they come, into the text they add to a prompt. A character whose bytes have not
     all come waits; what ends a document is no text."""
 
@@ -565,7 +565,7 @@ def parse_args(argv):
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="draw from the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--quantize", choices=[*filter(None, STORED)],
+    parser.add_argument("--quantize", choices=[*filter(None, LINEAR_TYPES)],
                         help="store weights in fewer bits")
     parser.add_argument("--draft", metavar="CHECKPOINT",
                         help="a smaller model, which guesses tokens for this one to check")
@@ -629,7 +629,7 @@ def read_prompts(args, tokenizer, context):
 
 def print_stream(follow, prompt, ids, n, tokenizer):
     """Prints one prompt with its n continuations, the first as it comes, and returns their ids."""
-    streams, texts, taken = [Stream(tokenizer, ids) for _ in range(n)], [prompt] * n, [[]] * n
+    streams, texts, taken = [TextStreamer(tokenizer, ids) for _ in range(n)], [prompt] * n, [[]] * n
     print(prompt, end="", flush=True)
     for new in follow([ids]):
         taken = [before + more for before, more in zip(taken, new)]
@@ -651,7 +651,7 @@ def print_lines(follow, prompts, at_once, n, tokenizer):
         new = [sum(row, []) for row in zip(*follow([ids for _, ids in rows]))][:n * len(part)]
         for r, ids in enumerate(new):
             prompt, before = part[r // n]
-            text = Stream(tokenizer, before).add(ids, last=True)
+            text = TextStreamer(tokenizer, before).add(ids, last=True)
             print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False),
                   flush=True)
         taken += new
@@ -667,12 +667,12 @@ def load_draft(name, quantize, tokenizer):
     return draft
 
 
-def worth(rate, counts, decoder):
+def draft_report(rate, counts, decoder):
     """In words, what a draft was worth, if each text got `rate` tokens a second with it."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()
-        decoder.warm(1)
+        decoder.warmup(1)
         taken.append(time.perf_counter() - start)
     return (f"the draft: {counts[1]} of {counts[0]} guesses stayed, {counts[1] / counts[0]:.0%}; "
             f"{rate * min(taken):.2f} times as fast as without")
@@ -682,7 +682,7 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
     """The decoder of the model and that of its draft, or None; compiled where that repays itself in
     so many steps."""
     def build(model, *sizes):
-        compile = (repays(model, args.quantize, steps) if args.compile is None
+        compile = (should_compile(model, args.quantize, steps) if args.compile is None
                    else args.compile == "True")
         start = time.perf_counter()
         if compile and (error := compile_error(model.embed.weight.device)):
@@ -694,7 +694,7 @@ def build_decoders(args, model, tokenizer, rows, size, steps):
         decoder = Decoder(model, rows, size, tokenizer.size, compile)
         if compile:
             for T in sizes:
-                decoder.warm(T)
+                decoder.warmup(T)
             print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return decoder
 
@@ -711,7 +711,7 @@ def main(argv):
     context, n, counts = model.config.context, args.num_samples, [0, 0]
     prompts, lost = read_prompts(args, tokenizer, context)
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
-    print(f"{folder}: {count(model):,} parameters in {size_of(model) / 1e6:,.1f} MB, "
+    print(f"{folder}: {count_parameters(model):,} parameters in {stored_bytes(model) / 1e6:,.1f} MB, "
           f"{args.quantize or str(model.embed.weight.dtype)[6:]}, {generator.device}",
           file=sys.stderr)
 
@@ -722,7 +722,7 @@ def main(argv):
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     follow = (partial(speculate, decoder, draft, args.guesses, how=how, generator=generator,
                       counts=counts) if draft else
-              partial(generate, decoder, pick=partial(choose, **how, generator=generator)))
+              partial(generate, decoder, pick=partial(sample_token, **how, generator=generator)))
     marks, steps = [], []
 
     def timed(prompts):
@@ -741,7 +741,7 @@ def main(argv):
           f"{marks[0] - start:.2f} s" + f"; {full} stopped where the context of {context} is full"
           * (full > 0), file=sys.stderr)
     if draft and len(marks) > 2:
-        print(worth(sum(steps[2:]) / (marks[-1] - marks[1]), counts, decoder), file=sys.stderr)
+        print(draft_report(sum(steps[2:]) / (marks[-1] - marks[1]), counts, decoder), file=sys.stderr)
     if lost:
         sys.exit(3)
 
@@ -749,7 +749,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ModelError as error:
+    except InputError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("\nstopped")

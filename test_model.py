@@ -12,8 +12,20 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_module
-from model import (HeadLoss, KVCache, Llama, ModelConfig, ModelError, attention,
-                   attention_by_rows, loss_of_logits, products, rotary, rotate)
+from files import InputError
+from model import (
+    FusedLinearCrossEntropy,
+    KVCache,
+    Llama,
+    ModelConfig,
+    ModelError,
+    apply_rope,
+    attention,
+    chunked_attention,
+    cross_entropy_and_grad,
+    fused_linear,
+    rope_cos_sin,
+)
 
 TINY = dict(n_layer=3, d_model=48, n_head=6, n_kv_head=2, d_ff=80, vocab_size=97, context=32)
 
@@ -180,16 +192,16 @@ def test_what_we_cannot_honour_is_refused_by_name(change, word, tmp_path):
     tiny().save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(hf | change))
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(InputError, match=word):
         Llama.from_pretrained(tmp_path)
 
 
 def test_damaged_folders_are_named(tmp_path):
     """A truncated download must not become a stack trace of another library, or a model with some
     weights random."""
-    with pytest.raises(ModelError, match="no folder"):
+    with pytest.raises(InputError, match="no folder"):
         Llama.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(InputError, match="config.json"):
         Llama.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -202,7 +214,7 @@ def test_damaged_folders_are_named(tmp_path):
     with pytest.raises(ModelError, match="only safetensors"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(InputError, match="config.json"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -232,7 +244,7 @@ def test_attention_is_what_it_means(T, S):
     expected = torch.stack([naive_attention(*row) for row in zip(q, k, v)])
     assert_close(attention(q, k, v), expected)
     for rows in 1, 4, 64:
-        assert_close(attention_by_rows(q, k, v, rows), expected)
+        assert_close(chunked_attention(q, k, v, rows), expected)
 
 
 def test_attention_by_rows_has_sdpas_gradients(monkeypatch):
@@ -252,12 +264,12 @@ def test_attention_by_rows_has_sdpas_gradients(monkeypatch):
         return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact))
 
     exact = gradients(sdpa, torch.float32)
-    for ours, theirs in zip(gradients(attention_by_rows, torch.float32), exact):
+    for ours, theirs in zip(gradients(chunked_attention, torch.float32), exact):
         assert_close(ours, theirs)
-    bf16 = gradients(attention_by_rows, torch.bfloat16)
+    bf16 = gradients(chunked_attention, torch.bfloat16)
     assert distance(bf16, exact) < 1.5 * distance(gradients(sdpa, torch.bfloat16), exact) < 0.02
     calls = []
-    monkeypatch.setattr(model_module, "attention_by_rows", lambda *qkv: calls.append(1))
+    monkeypatch.setattr(model_module, "chunked_attention", lambda *qkv: calls.append(1))
     attention(*(x.bfloat16() for x in (q, k, v)))
     attention(q, k, v)
     assert len(calls) == 1
@@ -317,8 +329,8 @@ def test_rope_depends_only_on_distance():
     q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
 
     def score(i, j):
-        return (rotate(q, *rotary(torch.tensor([i]), 64, 1e4))
-                * rotate(k, *rotary(torch.tensor([j]), 64, 1e4))).sum()
+        return (apply_rope(q, *rope_cos_sin(torch.tensor([i]), 64, 1e4))
+                * apply_rope(k, *rope_cos_sin(torch.tensor([j]), 64, 1e4))).sum()
 
     for distance in (0, 1, 7, 300):
         scores = torch.stack([score(j + distance, j) for j in (0, 5, 1000, 1700)])
@@ -332,8 +344,8 @@ def test_rotation_stays_exact_in_bf16():
     rounded before they are used."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 4, 64)
-    cos, sin = rotary(torch.arange(2040, 2044), 64, 1e4)
-    exact, rounded = rotate(x, cos, sin), rotate(x.bfloat16(), cos, sin)
+    cos, sin = rope_cos_sin(torch.arange(2040, 2044), 64, 1e4)
+    exact, rounded = apply_rope(x, cos, sin), apply_rope(x.bfloat16(), cos, sin)
     assert cos.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 2 ** -7 * x.abs().max()
 
@@ -469,9 +481,9 @@ def test_a_tree_is_its_branches():
     positions = torch.tensor([[0, 1, 2, 3, 2, 3]])
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     mask[4:, 2:4] = False
-    x = model.states(torch.tensor([[a, b, c, d, e, f]]), places=(positions, mask[None, None]))
+    x = model.hidden_states(torch.tensor([[a, b, c, d, e, f]]), places=(positions, mask[None, None]))
     for branch, at in ([a, b, c, d], [0, 1, 2, 3]), ([a, b, e, f], [0, 1, 4, 5]):
-        assert_close(x[:, at], model.states(torch.tensor([branch])))
+        assert_close(x[:, at], model.hidden_states(torch.tensor([branch])))
 
 
 def test_a_full_cache_says_so():
@@ -495,25 +507,25 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 def test_loss_by_parts_is_the_whole_loss(N, monkeypatch):
     """Loss and both gradients, for rows that divide into equal parts and for rows that do not, and
     scaled as that of a micro-batch is."""
-    monkeypatch.setattr(model_module, "LOSS_ROWS", 5)
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 5)
     torch.manual_seed(0)
     x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (N,))
     whole = F.cross_entropy(x @ weight.T, targets)
-    parts = HeadLoss.apply(x, weight, targets, loss_of_logits, True)
+    parts = FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, True)
     assert abs(parts - whole) < 1e-5
     for ours, theirs in zip(torch.autograd.grad(0.3 * parts, (x, weight)),
                             torch.autograd.grad(0.3 * whole, (x, weight))):
         assert_close(ours, theirs)
     with torch.no_grad():
-        assert HeadLoss.apply(x, weight, targets, loss_of_logits, False) == parts
+        assert FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, False) == parts
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_logits_never_exist_whole(grad, monkeypatch):
     """The largest tensor of a step, in bf16 and fp32 and as a gradient, is what runs out of memory
     first."""
-    monkeypatch.setattr(model_module, "LOSS_ROWS", 16)
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 16)
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numbers = 0
 
@@ -540,7 +552,7 @@ def test_joined_products_are_the_layers_own():
     found = {}
     for training in True, False:
         model.train(training).zero_grad()
-        out = torch.cat(list(products(x, layers)), dim=-1)
+        out = torch.cat(list(fused_linear(x, layers)), dim=-1)
         out.square().sum().backward()
         found[training] = [out, *(layer.weight.grad for layer in layers)]
     for joined, alone in zip(found[True], found[False]):

@@ -54,12 +54,29 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from config import load
-from data import DataError, Source, counts, parse_stages, sequences
-from device import (compile_error, device_memory, device_name, disable_malloc_trim, find_device,
-                    find_dtype, memory_used, peak_flops)
-from model import (LOSS_ROWS, ROWS, WITHOUT_CUDNN, Llama, ModelConfig, ModelError,
-                   attention_backend, config_from_hf, hf_name, read_json, safetensors_files,
-                   write_json)
+from data import Source, parse_stages, sequences, sequences_per_source
+from device import (
+    compile_error,
+    device_memory,
+    device_name,
+    disable_malloc_trim,
+    find_device,
+    find_dtype,
+    memory_used,
+    peak_flops,
+)
+from files import InputError, read_json, write_json
+from model import (
+    LOSS_CHUNK,
+    QUERY_CHUNK,
+    WITHOUT_CUDNN,
+    Llama,
+    ModelConfig,
+    attention_backend,
+    config_from_hf,
+    hf_name,
+    safetensors_files,
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ FREE = {"data_dir", "out_dir", "fork_from", "init_from", "strategy", "micro_batc
 # --------------------------------------------------------------------------------------------------
 # Arithmetic of a run
 
-def mixture_of(text):
+def parse_mixture(text):
     """{"NAME": share} of NAME or NAME:SHARE,NAME:SHARE."""
     mixture = {}
     for part in text.split(","):
@@ -204,10 +221,10 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    node: int = 1                                # how many of them are on each machine
+    local_world_size: int = 1                                # how many of them are on each machine
 
 
-def join():
+def init_distributed():
     """The World that torchrun started this process in, or a world of one."""
     device = find_device()
     if "RANK" not in os.environ:
@@ -216,12 +233,12 @@ def join():
     if not set(keys) <= set(os.environ):
         sys.exit(f"RANK is set, and {', '.join(sorted(set(keys) - set(os.environ)))} is not: "
                  "start many processes by torchrun, which sets them all, or unset RANK")
-    rank, size, local, node = (int(os.environ[key]) for key in keys[:4])
+    rank, size, local, local_world_size = (int(os.environ[key]) for key in keys[:4])
     if device.type != "cuda":
         device = torch.device("cpu")                                      # what gloo can send
     else:
-        if node > torch.cuda.device_count():
-            sys.exit(f"{node} processes on a machine with {torch.cuda.device_count()} GPUs: "
+        if local_world_size > torch.cuda.device_count():
+            sys.exit(f"{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
                      "torchrun --nproc-per-node takes as many as there are")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -235,10 +252,10 @@ def join():
     # longer than a save to a slow disk, for which all others wait
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                             world_size=size, timeout=timedelta(hours=1))
-    return World(device, rank, size, node)
+    return World(device, rank, size, local_world_size)
 
 
-def agree(world, decide):
+def broadcast_from_rank0(world, decide):
     """What `decide()` returns on rank 0, on every rank. Where it fails, all end."""
     if world.size == 1:
         return decide()
@@ -262,21 +279,21 @@ def choose_strategy(cfg, world, parameters, memory):
             sys.exit(f"strategy {cfg.strategy} is one of processes that torchrun starts: "
                      "torchrun --nproc-per-node=N train.py ...")
         return "none", "one process"
-    if cfg.strategy == "hsdp" and world.size == world.node:
+    if cfg.strategy == "hsdp" and world.size == world.local_world_size:
         sys.exit(f"strategy hsdp needs several machines, and all {world.size} processes are on one:"
                  " take fsdp")
     if cfg.strategy != "auto":
         return cfg.strategy, "as asked"
     state = 16 * parameters
     if state < 0.4 * memory:
-        return "ddp", f"{in_bytes(state)} of state fit each GPU's {in_bytes(memory)}"
-    return ("hsdp" if world.size > world.node else "fsdp",
-            f"{in_bytes(state)} of state are much for each GPU's {in_bytes(memory)}")
+        return "ddp", f"{format_bytes(state)} of state fit each GPU's {format_bytes(memory)}"
+    return ("hsdp" if world.size > world.local_world_size else "fsdp",
+            f"{format_bytes(state)} of state are much for each GPU's {format_bytes(memory)}")
 
 
-def shards_of(world, strategy):
+def shard_count(world, strategy):
     """How many processes share one set of weights."""
-    return {"fsdp": world.size, "hsdp": world.node}.get(strategy, 1)
+    return {"fsdp": world.size, "hsdp": world.local_world_size}.get(strategy, 1)
 
 
 def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=False,
@@ -296,7 +313,7 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
         torch._dynamo.config.optimize_ddp = False           # else blocks are cut where buckets end
         # dynamic: what is computed must not depend on the order in which shapes come
         compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
-        model.loss_of_logits = compile_it(model.loss_of_logits)
+        model.cross_entropy_and_grad = compile_it(model.cross_entropy_and_grad)
     for block in model.blocks:
         if compiled:
             block.forward = compile_it(block.forward)
@@ -306,7 +323,7 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
         # imported here: a second at every start that needs none of it
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         shape = {"shard": world.size} if strategy == "fsdp" else {
-            "replicate": world.size // world.node, "shard": world.node}
+            "replicate": world.size // world.local_world_size, "shard": world.local_world_size}
         mesh = dist.init_device_mesh(world.device.type, tuple(shape.values()),
                                      mesh_dim_names=tuple(shape))
         # blocks are gathered in the dtype they compute in; the root in fp32, as is the residual
@@ -328,21 +345,21 @@ def is_sharded(x):
     return hasattr(x, "reshard") or hasattr(x, "full_tensor")
 
 
-def own_part(p):
+def local_shard(p):
     """(what of a parameter or its moments this process holds, the rows of the whole it is)."""
     if not is_sharded(p):
         return p, slice(None)
     mesh = p.device_mesh
-    return p.to_local(), rows_of(p.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+    return p.to_local(), shard_rows(p.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def rows_of(rows, shards, shard):
+def shard_rows(rows, shards, shard):
     """The slice of so many rows that FSDP gives to a shard: as equal as torch.chunk makes them."""
     most = -(-rows // shards)
     return slice(min(rows, most * shard), min(rows, most * (shard + 1)))
 
 
-def whole_tensor(p):
+def full_tensor(p):
     """A parameter with the parts of all processes, which must all ask for it."""
     return p.full_tensor() if is_sharded(p) else p
 
@@ -353,13 +370,13 @@ def init_weights(model, cfg):
     so that they are the same for any number of processes."""
     torch.manual_seed(cfg.seed)
     for name, p in model.named_parameters():
-        own, rows = own_part(p)
+        own, rows = local_shard(p)
         drawn = torch.empty(p.shape, device=own.device) if is_sharded(p) else p
         model.init_parameter(name, drawn)
         own.copy_(drawn[rows])
 
 
-def reduce_gradients(model, last):
+def grad_sync(model, last):
     """The context of a micro-batch's backward pass. Gradients are summed over the processes with
     the last one only."""
     if is_sharded(model):
@@ -372,7 +389,7 @@ def reduce_gradients(model, last):
 # --------------------------------------------------------------------------------------------------
 # The step
 
-def precision(device, dtype):
+def autocast(device, dtype):
     """The context of a forward pass: weights stay in fp32, products are computed in `dtype`."""
     return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
 
@@ -399,12 +416,12 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
     total = torch.zeros((), device=x.device)
     parts = list(zip(x.split(micro), y.split(micro)))
     for i, (xs, ys) in enumerate(parts):
-        with reduce_gradients(model, last=i == len(parts) - 1):
-            with precision(x.device, dtype):
+        with grad_sync(model, last=i == len(parts) - 1):
+            with autocast(x.device, dtype):
                 loss = model(xs, ys) * (len(xs) / len(x))
             loss.backward()
         total += loss.detach()
-    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     numbers = torch.stack((total, norm, torch.full_like(total, bool(stop))))
     if dist.is_initialized():
         dist.all_reduce(numbers)
@@ -435,7 +452,7 @@ def evaluate(model, sources, cfg, world, dtype):
             # a process without a row left computes one for nothing: under FSDP others need its part
             x, y = read_batch(sources, part or group[:1], world.device)
             # a graph for this alone would take longer to compile than it saves
-            with torch.compiler.set_stance("force_eager"), precision(world.device, dtype), \
+            with torch.compiler.set_stance("force_eager"), autocast(world.device, dtype), \
                     sdpa_kernel(WITHOUT_CUDNN):
                 total += model(x, y) * (len(part) / n)
         if is_sharded(model):
@@ -458,12 +475,12 @@ def save(step, model, optimizer, cfg, state, sources, world):
     processes gather each tensor in turn, and the first one writes."""
     weights, moments = {}, {}
     for name, p in model.named_parameters():
-        kept = {"": p, **{f".{key}": value for key, value in optimizer.state[p].items()}}
-        for key, value in kept.items():
-            value = whole_tensor(value.detach())
+        checkpoints_to_keep = {"": p, **{f".{key}": value for key, value in optimizer.state[p].items()}}
+        for key, value in checkpoints_to_keep.items():
+            value = full_tensor(value.detach())
             if world.rank == 0:
                 (moments if key else weights)[(hf_name(name) if key else name) + key] = value.cpu()
-    agree(world, lambda: write_checkpoint(step, model, weights, moments, cfg, state, sources))
+    broadcast_from_rank0(world, lambda: write_checkpoint(step, model, weights, moments, cfg, state, sources))
 
 
 def write_checkpoint(step, model, weights, moments, cfg, state, sources):
@@ -517,38 +534,38 @@ def newest(out_dir):
 
 def read_state(path):
     """state.json of a checkpoint, after comparing every file it names with what is there. Raises
-    ModelError."""
+    InputError."""
     state = read_json(path / "training/state.json")
     if (not all(isinstance(state.get(k), dict) for k in ("files", "recipe", "sources", "run"))
             or not {"stages", "context"} <= set(state["recipe"]) or "step" not in state):
-        raise ModelError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
+        raise InputError(f"{path / 'training/state.json'} is damaged: it lacks what save wrote")
     for name, about in state["files"].items():
         file = path / name
         if not file.is_file():
-            raise ModelError(f"{path} lacks {name}")
+            raise InputError(f"{path} lacks {name}")
         if file.stat().st_size != about["bytes"]:
-            raise ModelError(f"{file} is damaged: it has {file.stat().st_size} bytes, "
+            raise InputError(f"{file} is damaged: it has {file.stat().st_size} bytes, "
                              f"and {about['bytes']} were written")
         if digest(file) != about["sha256"]:
-            raise ModelError(f"{file} is damaged: its bytes are not those that were written")
+            raise InputError(f"{file} is damaged: its bytes are not those that were written")
     return state
 
 
 def resume(path, model, optimizer):
     """Weights and optimizer of a checkpoint, into a model and an optimizer that have not moved yet.
     Each process reads its own part."""
-    model.load_tensors(path, own_part)
+    model.load_tensors(path, local_shard)
     with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             state["step"] = file.get_tensor(f"{hf_name(name)}.step").to(p.device)
             for key in "exp_avg", "exp_avg_sq":
                 state[key] = torch.empty_like(p, requires_grad=False)
-                own, rows = own_part(state[key])
+                own, rows = local_shard(state[key])
                 own.copy_(file.get_slice(f"{hf_name(name)}.{key}")[rows])
 
 
-def kept(steps, cfg, ends):
+def checkpoints_to_keep(steps, cfg, ends):
     """Of the steps with a checkpoint, in order, those that keep it: the newest `keep`, the ends of
     stages, and every keep_every."""
     newest = set(steps[-cfg.keep:])                                          # all where keep is 0
@@ -558,7 +575,7 @@ def kept(steps, cfg, ends):
 
 def delete_old(cfg, ends):
     found = checkpoints(Path(cfg.out_dir))
-    for step in found.keys() - set(kept(list(found), cfg, ends)):
+    for step in found.keys() - set(checkpoints_to_keep(list(found), cfg, ends)):
         shutil.rmtree(found[step])
 
 
@@ -587,14 +604,14 @@ class PlanConfig(TrainConfig):
 def plan(cfg, stages):
     """What training will do, as a dict, from the recipe alone. The data and what it forks or starts
     from may be missing; what is there is refused as training would refuse it."""
-    names, ends = names_of(stages), stage_ends(stages)
+    names, ends = source_names(stages), stage_ends(stages)
     cfg, there, _ = read_sources(cfg, [n for n in names if (Path(cfg.data_dir) / n).is_dir()])
     start, path = 0, Path(cfg.fork_from)
     if cfg.fork_from and (path / "training/state.json").exists():
         state = read_json(path / "training/state.json")
         cfg = replace(cfg, vocab_size=cfg.vocab_size or state["recipe"]["vocab_size"])
         start = check_fork(path, state, {"recipe": recipe_of(cfg),
-                                         "sources": state["sources"] | facts(there)})
+                                         "sources": state["sources"] | dataset_fingerprints(there)})
     elif cfg.fork_from:
         start = next((end for end in ends if path.name == f"step_{end:08d}"), None)
         if start is None:
@@ -608,7 +625,7 @@ def plan(cfg, stages):
     flops, parameters = model.flops_per_token(), sum(p.numel() for p in model.parameters())
     seen = [tokens_after(stages, step, cfg.context) for step in (start, *ends)]
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
-    given = [counts(stage, stage.steps * stage.batch) for stage in stages]
+    given = [sequences_per_source(stage, stage.steps * stage.batch) for stage in stages]
     every = cfg.save_every
     saved = sorted({*range(start // every * every + every, ends[-1] + 1, every),
                     *(end for end in ends if end > start)})
@@ -620,7 +637,7 @@ def plan(cfg, stages):
         "given": {name: [count.get(name, 0) * cfg.context for count in given] for name in names},
         "epochs": {name: sum(count.get(name, 0) for count in given) / source.windows
                    for name, source in there.items()},
-        "saved": saved, "kept": kept(saved, cfg, ends),
+        "saved": saved, "kept": checkpoints_to_keep(saved, cfg, ends),
         "checkpoint_bytes": 12 * parameters,           # weights and two moments, in fp32
         # another shape at the same rate of work, FLOPs a second
         "paper_rate": PAPER_TOKENS_PER_SECOND * tinyllama.flops_per_token() / flops}
@@ -652,8 +669,8 @@ def announce_plan(cfg, stages, plan):
             print(f"stage {k} comes to its mixture by a ramp of "
                   f"{float(stage.ramp * cfg.context):,.0f} tokens")
     size, stay = plan["checkpoint_bytes"], len(plan["kept"])
-    print(f"\ncheckpoints: {len(plan['saved']):,} of {in_bytes(size)} are written, {stay:,} stay; "
-          f"{in_bytes((stay + 1) * size)} of room, with one being written")
+    print(f"\ncheckpoints: {len(plan['saved']):,} of {format_bytes(size)} are written, {stay:,} stay; "
+          f"{format_bytes((stay + 1) * size)} of room, with one being written")
     print(f"compute: {plan['tokens']:,} tokens to train on, "
           f"{plan['tokens'] * plan['flops_per_token']:.3g} FLOPs")
     for rate, whose in ((plan["paper_rate"], "as busy as the paper's A100"),
@@ -661,7 +678,7 @@ def announce_plan(cfg, stages, plan):
         if rate:
             seconds = plan["tokens"] / rate
             hours = f"{seconds / 3600:,.0f}" if seconds > 36_000 else f"{seconds / 3600:.2g}"
-            print(f"time: {hours} GPU-hours, {in_days(seconds / cfg.gpus)} on {cfg.gpus}, "
+            print(f"time: {hours} GPU-hours, {format_duration(seconds / cfg.gpus)} on {cfg.gpus}, "
                   f"at {rate:,.0f} tokens/s each = "
                   f"{rate * plan['flops_per_token'] / 1e12:,.3g} TFLOP/s, {whose}")
 
@@ -673,11 +690,11 @@ def print_columns(rows):
         print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())
 
 
-def in_bytes(n):
+def format_bytes(n):
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
-def in_days(seconds):
+def format_duration(seconds):
     for unit, length in ("days", 86_400), ("hours", 3600), ("minutes", 60):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -688,7 +705,7 @@ def in_days(seconds):
 # The run
 
 @contextmanager
-def locked(out_dir):
+def lock_run(out_dir):
     """Keeps other runs out of a folder, by a lock that ends with this process however it ends, and
     removes from it what a killed save left. A folder in which nothing was written goes again."""
     made, path = not out_dir.exists(), out_dir / "lock"
@@ -743,14 +760,14 @@ class Metrics:
     line torn by its end, is cut off."""
 
     def __init__(self, path, step, tokens_per_second_at_peak):
-        kept, lines = [], []
+        checkpoints_to_keep, lines = [], []
         if path.exists() and step is not None:
             lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-        path.with_suffix(".tmp").write_text("".join(kept), "utf-8")
+                    checkpoints_to_keep.append(line)
+        path.with_suffix(".tmp").write_text("".join(checkpoints_to_keep), "utf-8")
         os.replace(path.with_suffix(".tmp"), path)
         self.file, self.peak = open(path, "a", encoding="utf-8"), tokens_per_second_at_peak
         self.tokens, self.seconds, self.given = 0, 0, Counter()
@@ -790,7 +807,7 @@ def read_recipe(argv):
     stages = parse_stages(cfg.stages, cfg.context)
     if cfg.data:
         cfg = replace(cfg, data="", stages=[
-            {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": mixture_of(cfg.data)}
+            {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": parse_mixture(cfg.data)}
             for stage in cfg.stages])
         stages = parse_stages(cfg.stages, cfg.context)
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
@@ -827,7 +844,7 @@ def recipe_of(cfg):
     return {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
 
 
-def names_of(stages):
+def source_names(stages):
     return sorted({name for stage in stages for name in stage.names})
 
 
@@ -835,13 +852,13 @@ def names_of(stages):
 # Where a run begins: at its own newest checkpoint, else at another run's, else with other weights,
 # else with none
 
-def differing(theirs, ours):
+def diff_lines(theirs, ours):
     """The entries of two dicts that are not the same, in lines for people."""
     return [f"  {key}: {theirs.get(key)} there, {ours.get(key)} here"
             for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
 
 
-def note_rounding(state, description):
+def warn_numerics_changed(state, description):
     """Says what rounds otherwise than before."""
     before = {"recompute": state["run"].get("compile")} | state["run"]     # before it was a choice
     for key, here in description["run"].items():
@@ -858,18 +875,18 @@ def find_checkpoint(out_dir, description):
         return None, None
     try:
         state = read_state(found[-1])
-    except ModelError as error:
+    except InputError as error:
         sys.exit(f"{error}\nRemove {found[-1]} to "
                  + (f"continue from {found[-2]}" if found[:-1] else "start over"))
-    lines = differing(*(past(d, math.inf) for d in (state, description)))
+    lines = diff_lines(*(lineage(d, math.inf) for d in (state, description)))
     if lines:
         sys.exit("\n".join([f"{found[-1]} was trained by another recipe:", *lines,
                             "Take the same, or another --out_dir"]))
-    note_rounding(state, description)
+    warn_numerics_changed(state, description)
     return found[-1], state
 
 
-def past(description, step):
+def lineage(description, step):
     """{what: value} of all that a run's weights at `step`, the end of one of its stages, and Adam's
     use of them from there depend on; of the whole run for infinity."""
     recipe, sources = description["recipe"], description["sources"]
@@ -877,7 +894,7 @@ def past(description, step):
     done = stages[:bisect_left(stage_ends(stages), step) + 1]
     return {key: value for key, value in recipe.items() if key not in FREE | {"stages"}} | {
         f"stage {k}": stage for k, stage in enumerate(done, 1)} | {
-        f"{what} of {name}": value for name in names_of(done)
+        f"{what} of {name}": value for name in source_names(done)
         for what, value in sources.get(name, {}).items()} | {
         "tokens of the learning-rate curve": tokens_after(stages, math.inf, recipe["context"])}
 
@@ -888,22 +905,22 @@ def find_fork(path, description):
     if not (path / "training/state.json").exists():
         run = path if checkpoints(path) else path.parent
         sys.exit(f"fork_from {path} is no checkpoint: name the end of a stage, "
-                 + (", ".join(map(str, ends_in(run))) or "and train up to it first")
+                 + (", ".join(map(str, stage_end_checkpoints(run))) or "and train up to it first")
                  + ("; the weights of a model alone: --init_from" if path.is_dir() else ""))
     try:
         state = read_state(path)
-    except ModelError as error:
+    except InputError as error:
         sys.exit(f"fork_from {error}: restore it, or train up to it again")
     check_fork(path, state, description)
-    note_rounding(state, description)
+    warn_numerics_changed(state, description)
     return path, state
 
 
-def ends_in(run):
+def stage_end_checkpoints(run):
     """The checkpoints of a run's folder that were written at the end of a stage."""
     found = checkpoints(run)
     for path in reversed(found.values()):
-        with suppress(ModelError, KeyError, TypeError):
+        with suppress(InputError, KeyError, TypeError):
             recipe = read_json(path / "training/state.json")["recipe"]
             ends = stage_ends(parse_stages(recipe["stages"], recipe["context"]))
             return [found[end] for end in ends if end in found]
@@ -916,7 +933,7 @@ def check_fork(path, state, description):
     if state["step"] not in ends:
         sys.exit(f"{path} was written at step {state['step']}, within a stage: a fork starts where "
                  f"one ends, and that run's end at {', '.join(map(str, ends))}")
-    lines = differing(*(past(d, state["step"]) for d in (state, description)))
+    lines = diff_lines(*(lineage(d, state["step"]) for d in (state, description)))
     if lines:
         sys.exit("\n".join([f"{path} has another past than this recipe:", *lines,
                             "Make these the same; or take the weights alone, --init_from"]))
@@ -932,7 +949,7 @@ def check_init(cfg, sources):
                     else "A model from the hub has to be downloaded first"))
     try:
         there = config_from_hf(read_json(path / "config.json"))
-    except ModelError as error:
+    except InputError as error:
         sys.exit(f"init_from {path}: {error}")
     keys = {f.name for f in fields(ModelConfig)} - {"context"}         # no weight depends on it
     theirs, ours = ({key: getattr(c, key) for key in keys} for c in (there, cfg))
@@ -940,7 +957,7 @@ def check_init(cfg, sources):
     if tokenizer.exists() and sources:
         theirs["tokenizer"] = digest(tokenizer)
         ours["tokenizer"] = next(iter(sources.values())).header.tokenizer
-    lines = sorted(differing(theirs, ours))
+    lines = sorted(diff_lines(theirs, ours))
     if lines:
         sys.exit("\n".join([f"the weights in {path} are not of this recipe's model:", *lines,
                             "Only weights of the same shape and tokenizer can be taken"]))
@@ -978,22 +995,22 @@ def commit():
         return None
 
 
-def facts(sources):
+def dataset_fingerprints(sources):
     """What state.json records of sources, enough to see that others are not the same."""
     return {name: {"windows": source.windows, "tokenizer": source.header.tokenizer} | source.info
             for name, source in sources.items()}
 
 
-def describe(cfg, stages, train, world, model, strategy, dtype, compiled):
+def run_metadata(cfg, stages, train, world, model, strategy, dtype, compiled):
     """What state.json records of a run: its recipe, its data, where its weights came from, and what
     decides its rounding."""
     micro = [split_batch(stage.batch, world.size, cfg.micro_batch)[0] for stage in stages]
     return {
         "recipe": recipe_of(cfg),
-        "sources": facts(train),
+        "sources": dataset_fingerprints(train),
         "run": {"device": world.device.type, "dtype": str(dtype).removeprefix("torch."),
                 "compile": compiled, "recompute": choose_recompute(
-                    model, cfg, shards_of(world, strategy), max(micro), dtype, world.device,
+                    model, cfg, shard_count(world, strategy), max(micro), dtype, world.device,
                     compiled), "micro_batch": micro, "processes": world.size,
                 "strategy": strategy},
         "origin": None,
@@ -1001,7 +1018,7 @@ def describe(cfg, stages, train, world, model, strategy, dtype, compiled):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 
 
-def memory_needed(model, cfg, shards, micro, dtype, device, compiled, recompute):
+def estimate_memory(model, cfg, shards, micro, dtype, device, compiled, recompute):
     """(bytes of weights, gradients and moments, bytes of a micro-batch) of one process, counted, of
     a model on the meta device, at the peak of a step of several micro-batches.
 
@@ -1037,14 +1054,14 @@ def memory_needed(model, cfg, shards, micro, dtype, device, compiled, recompute)
         heads = C if gpu and size == 4 else kv           # in fp32 k and v are repeated for SDPA
         block = (8 if gpu else 16) * C + size * (4 * C + 2 * heads + 4 * F)
     if not gpu and size == 2:
-        block += size * cfg.n_head * (cfg.context + ROWS) // 2
-    kept = tokens * cfg.n_layer * (4 * C if again else block)
+        block += size * cfg.n_head * (cfg.context + QUERY_CHUNK) // 2
+    checkpoints_to_keep = tokens * cfg.n_layer * (4 * C if again else block)
 
     # what comes on top in the loss: embeddings, norm, their gradient; logits; the head's gradient
-    head, logits = cfg.vocab_size * C, cfg.vocab_size * min(tokens, LOSS_ROWS)
+    head, logits = cfg.vocab_size * C, cfg.vocab_size * min(tokens, LOSS_CHUNK)
     loss = 12 * C * tokens + (2 * size if compiled else 2 * size + 6) * logits + (4 + size) * head
     backward = tokens * (4 * C + 3 * size * F + (block if again else 0)) + 4 * head
-    return state, kept + max(loss, backward)
+    return state, checkpoints_to_keep + max(loss, backward)
 
 
 RESERVE = 5e9       # of a GPU, for CUDA, NCCL and the gaps between tensors
@@ -1054,7 +1071,7 @@ def choose_recompute(model, cfg, shards, micro, dtype, device, compiled):
     """Whether a compiled block computes again in its backward pass what follows from products by a
     few operations: norms, rotation, SwiGLU. It saves a third of a block's memory and costs reading
     and writing it once more, so on a GPU it is done where memory would not suffice without."""
-    return compiled and (device.type != "cuda" or RESERVE + sum(memory_needed(
+    return compiled and (device.type != "cuda" or RESERVE + sum(estimate_memory(
         model, cfg, shards, micro, dtype, device, compiled, False)) > device_memory(device))
 
 
@@ -1064,9 +1081,9 @@ def main(argv):
         return announce_plan(cfg, stages, plan(cfg, stages))
     # among many, a wish to stop is heard once they train: one that waits for others hears nothing
     stop = Stop() if "RANK" not in os.environ else None
-    cfg, train, val = read_sources(cfg, names_of(stages))
+    cfg, train, val = read_sources(cfg, source_names(stages))
     disable_malloc_trim()
-    world = join()
+    world = init_distributed()
     if world.rank:
         sys.stdout = open(os.devnull, "w")             # one speaks for all
     steps, out_dir = stage_ends(stages)[-1], Path(cfg.out_dir)
@@ -1075,15 +1092,15 @@ def main(argv):
     flops, there = model.flops_per_token(), device_memory(world.device)
     parameters = sum(p.numel() for p in model.parameters())
     # decided by one for all, who might find other hardware
-    (strategy, why_strategy), (dtype, why_dtype), (compiled, why_compiled) = agree(world, lambda: (
+    (strategy, why_strategy), (dtype, why_dtype), (compiled, why_compiled) = broadcast_from_rank0(world, lambda: (
         choose_strategy(cfg, world, parameters, there), find_dtype(world.device, cfg.dtype),
         choose_compile(cfg, world.device, flops * tokens_after(stages, steps, cfg.context))))
-    description = agree(world, lambda: describe(cfg, stages, train, world, model, strategy, dtype,
+    description = broadcast_from_rank0(world, lambda: run_metadata(cfg, stages, train, world, model, strategy, dtype,
                                                 compiled))
     micro, recompute = (description["run"][key] for key in ("micro_batch", "recompute"))
     backend, why_backend = attention_backend(world.device, dtype, cfg.head_dim)
     with ExitStack() as held:
-        path, first, own = agree(world, lambda: (held.enter_context(locked(out_dir))
+        path, first, own = broadcast_from_rank0(world, lambda: (held.enter_context(lock_run(out_dir))
                                                  or find_start(cfg, train, description)))
         if first == steps:
             print(f"{path} is the end of this recipe, all {steps} steps are done: "
@@ -1094,14 +1111,14 @@ def main(argv):
         print(f"{description['run']['dtype']}: {why_dtype}; {'' if compiled else 'not '}compiled: "
               f"{why_compiled}; attention by {backend}: {why_backend}")
         if world.size > 1:
-            print(f"{world.size} processes, {world.node} a machine; {strategy}: {why_strategy}")
+            print(f"{world.size} processes, {world.local_world_size} a machine; {strategy}: {why_strategy}")
         print(f"{parameters:,} parameters, {flops:,} FLOPs a token")
         for k, stage in enumerate(stages, 1):
-            print(f"stage {k}: {stage_in_words(stage, micro[k - 1], world.size, cfg.context)}")
-        state, activations = memory_needed(model, cfg, shards_of(world, strategy), max(micro),
+            print(f"stage {k}: {format_stage(stage, micro[k - 1], world.size, cfg.context)}")
+        state, activations = estimate_memory(model, cfg, shard_count(world, strategy), max(micro),
                                            dtype, world.device, compiled, recompute)
-        memory = (f"memory: {in_bytes(state)} of weights, gradients and moments and at most about "
-                  f"{in_bytes(activations)} of a micro-batch, of {in_bytes(there)} a "
+        memory = (f"memory: {format_bytes(state)} of weights, gradients and moments and at most about "
+                  f"{format_bytes(activations)} of a micro-batch, of {format_bytes(there)} a "
                   + ("GPU" if world.device.type == "cuda" else "machine")
                   + "; what is quickly computed again is not kept" * recompute)
         print(memory)
@@ -1117,7 +1134,7 @@ def main(argv):
                 resume(path, model, optimizer)
             elif cfg.init_from:
                 print(f"starting from the weights in {cfg.init_from}")
-                model.load_tensors(Path(cfg.init_from), own_part)
+                model.load_tensors(Path(cfg.init_from), local_shard)
             else:
                 init_weights(model, cfg)
             peak = peak_flops(card, dtype)
@@ -1137,7 +1154,7 @@ def main(argv):
             print(f"stopped after step {last}; the same command continues from {newest(out_dir)}")
 
 
-def stage_in_words(stage, micro, ranks, context):
+def format_stage(stage, micro, ranks, context):
     return (f"{stage.steps} steps of {stage.batch * context:,} tokens = "
             + f"{ranks} processes x " * (ranks > 1)
             + f"{stage.batch // micro // ranks} x {micro} sequences of {context}; "
@@ -1172,7 +1189,7 @@ def loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first,
             if metrics and line and (step % cfg.log_every == 0 or step in ends
                                      or "val_loss" in line):
                 metrics.write({"step": step, "tokens": seen} | line, memory_used(world.device))
-                bar.write(in_words(metrics.last, steps), file=sys.stdout)
+                bar.write(format_record(metrics.last, steps), file=sys.stdout)
             if new and (step % cfg.save_every == 0 or step in ends or stopping):
                 start = time.perf_counter()
                 save(step, model, optimizer, cfg, description | {"tokens": seen}, train, world)
@@ -1203,7 +1220,7 @@ def loop(cfg, stages, train, val, model, called, optimizer, dtype, world, first,
             bar.update(len(rows) * cfg.context)
 
 
-def in_words(line, steps):
+def format_record(line, steps):
     """A record for people."""
     text = f"step {line['step']}/{steps}"
     if "loss" in line:
@@ -1218,7 +1235,7 @@ def in_words(line, steps):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,7 +21,8 @@ import train
 from config import load
 from data import Source
 from eval import SUITES, Adapter, Row, generation, likelihoods, rows_of, score_of, windows
-from model import Llama, ModelConfig, ModelError
+from files import InputError
+from model import Llama, ModelConfig
 from sample import Decoder, Tokenizer, load_model
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -121,7 +122,7 @@ def run(tasks, capsys):
         code = 0
         try:
             evaluation.main([*map(str, arguments), f"--include_path={include}"])
-        except (SystemExit, ModelError) as error:
+        except (SystemExit, InputError) as error:
             code = error.code if isinstance(error, SystemExit) else str(error)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -331,7 +332,7 @@ def test_answers_are_compiled_where_that_works(loaded, error, monkeypatch):
         return Decoder(*arguments[:-1])
 
     monkeypatch.setattr(evaluation, "Decoder", decoder)
-    monkeypatch.setattr(evaluation, "repays", lambda *_: True)
+    monkeypatch.setattr(evaluation, "should_compile", lambda *_: True)
     monkeypatch.setattr(evaluation, "compile_error", lambda device: error)
     Adapter(*loaded, True, 2).generate_until(instances(("Q:", {"max_gen_toks": 2})))
     assert compiled == [error is None]
@@ -623,7 +624,7 @@ def test_a_folder_that_cannot_be_written_costs_no_result(run, folder, monkeypatc
     """The hub's cache may be somebody else's."""
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(prepare, "write_json", refuse)
+    monkeypatch.setattr(evaluation, "write_json", refuse)
     code, out, err = run(folder, "--tasks=piqa", "--limit=2")
     assert code == 0 and "PIQA" in out and "cannot be written: Permission denied" in err
     assert not (folder / "eval/piqa,limit=2.json").exists()

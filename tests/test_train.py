@@ -16,20 +16,33 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_data import random_stages
+from test_prepare import AWKWARD, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from data import DataError, parse_stages, sequences
-from model import Llama, ModelError
+from files import InputError
+from model import Llama
 from prepare import train_tokenizer, write_source
 from sample import Tokenizer
-from test_data import random_stages
-from test_prepare import AWKWARD, TEXT
-from train import (TrainConfig, build_optimizer, checkpoints, choose_compile,
-                   lr_at, mixture_of, read_batch, read_recipe, read_sources,
-                   split_batch, stage_ends, tokens_after, train_step)
+from train import (
+    TrainConfig,
+    build_optimizer,
+    checkpoints,
+    choose_compile,
+    lr_at,
+    parse_mixture,
+    read_batch,
+    read_recipe,
+    read_sources,
+    split_batch,
+    stage_ends,
+    tokens_after,
+    train_step,
+)
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RECIPE = """
 n_layer, d_model, n_head, n_kv_head, d_ff, context = 2, 32, 4, 2, 48, 16
 stages = [{"tokens": 640, "batch": 64, "mixture": {"prose": 1}},
@@ -171,10 +184,10 @@ def test_mixtures_from_the_command_line():
     """A name given twice would keep one share and lose the other."""
     for text in ",", "a:1,a:2", ":3":
         with pytest.raises(SystemExit, match="leaves out a name, or gives"):
-            mixture_of(text)
-    assert mixture_of("my") == {"my": 1} and mixture_of("a:0.7,b:0.3") == {"a": 0.7, "b": 0.3}
+            parse_mixture(text)
+    assert parse_mixture("my") == {"my": 1} and parse_mixture("a:0.7,b:0.3") == {"a": 0.7, "b": 0.3}
     with pytest.raises(SystemExit, match="'x' is no number"):
-        mixture_of("a:x")
+        parse_mixture("a:x")
 
 
 def test_choices_are_made_from_recipe_and_machine(monkeypatch):
@@ -395,9 +408,9 @@ def test_what_rounds_otherwise_is_noted(capsys):
     """A resume on other hardware is not the same to the bit, and one from before a choice existed
     is, where the choice is what was always done."""
     here = {"dtype": "bfloat16", "compile": True, "recompute": True}
-    train.note_rounding({"run": {"dtype": "bfloat16", "compile": True}}, {"run": here})
+    train.warn_numerics_changed({"run": {"dtype": "bfloat16", "compile": True}}, {"run": here})
     assert capsys.readouterr().out == ""
-    train.note_rounding({"run": here}, {"run": here | {"recompute": False}})
+    train.warn_numerics_changed({"run": here}, {"run": here | {"recompute": False}})
     assert "note: recompute was True before and is False now" in capsys.readouterr().out
 
 
@@ -713,7 +726,7 @@ def stage(**changes):
     (["--min_lr=0.01"], "min_lr must be at least 0 and below 0.01, got 0.01")])
 def test_bad_recipes_are_refused(options, words, run, tmp_path):
     """Found after an hour of allocation and loading, a typo is expensive."""
-    with pytest.raises((SystemExit, DataError, ModelError), match=f"(?s){words}") as error:
+    with pytest.raises((SystemExit, InputError), match=f"(?s){words}") as error:
         run(*options)
     assert len(str(error.value).splitlines()) <= 2 and not (tmp_path / "out").exists()
 

@@ -125,7 +125,7 @@ def test_what_compiles_is_found_by_compiling(headers, tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", "import torch; from device import compile_error as error; "
          "print(error(torch.device('cpu')), error(torch.device('mps')))"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
         env=os.environ | {"PATH": f"{tmp_path}:/nowhere" if headers is None else
                           f"{tmp_path}:{os.environ['PATH']}",
                           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}).stdout

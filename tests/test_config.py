@@ -15,11 +15,11 @@ import plot
 import prepare
 import sample
 from config import load
-from data import counts, parse_stages
+from data import parse_stages, sequences_per_source
 from model import Llama, ModelConfig
-from train import FREE, TrainConfig, lr_at, past, read_recipe, stage_ends, tokens_after
+from train import FREE, TrainConfig, lineage, lr_at, read_recipe, stage_ends, tokens_after
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def test_v1_0_has_the_papers_numbers():
     """One stage of 2M tokens a step, sources in proportion to their size."""
     cfg, stages, ends, _, total = recipe("v1")
     assert ends == [1_430_512] and total == 3_000_001_101_824
-    given = counts(stages[0], ends[0] * stages[0].batch)
+    given = sequences_per_source(stages[0], ends[0] * stages[0].batch)
     assert given["slimpajama"] * 306_416 == pytest.approx(given["starcoder"] * 693_584, rel=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_the_ramp_has_the_papers_shares(name, shares):
     for at, done in (0, 0), (3e9, 0.5), (6e9, 1), (300e9, 1):
         n = round(at / cfg.context)
         # two million tokens on either side of this place, but where the stage begins
-        a, b = counts(second, max(0, n - 1000)), counts(second, n + 1000)
+        a, b = sequences_per_source(second, max(0, n - 1000)), sequences_per_source(second, n + 1000)
         for source, percent in shares.items():
             share = percent / 100 * done + (source == "slimpajama") * (1 - done)
             given = (b[source] - a[source]) / (n + 1000 - max(0, n - 1000))
@@ -143,10 +143,10 @@ def test_the_ramp_has_the_papers_shares(name, shares):
     x = second.ramp                                  # its integral: half of the share on average
     for source, percent in shares.items():
         start = source == "slimpajama"
-        assert counts(second, int(x))[source] == pytest.approx(
+        assert sequences_per_source(second, int(x))[source] == pytest.approx(
             float(x) * (start + percent / 100) / 2, abs=2)
     n = 100 * third.batch
-    assert ({source: counts(third, n)[source] for source in shares}
+    assert ({source: sequences_per_source(third, n)[source] for source in shares}
             == pytest.approx({source: n * percent / 100 for source, percent in shares.items()},
                              abs=2))
 
@@ -160,7 +160,7 @@ def test_forks_share_their_parents_past(path):
     parent, step = re.fullmatch(r"out/(\w+)/step_0*(\d+)", cfg.fork_from).groups()
     theirs, _, ends, _, _ = recipe(parent)
     assert int(step) == ends[0] and theirs.out_dir == f"out/{parent}"
-    ours, theirs = (past({"recipe": asdict(c), "sources": {}}, int(step)) for c in (cfg, theirs))
+    ours, theirs = (lineage({"recipe": asdict(c), "sources": {}}, int(step)) for c in (cfg, theirs))
     assert ours == theirs
 
 

@@ -28,7 +28,7 @@ import prepare
 import tokenizer
 from data import DataError, Source
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 TEXT = ("The quick brown fox jumps over the lazy dog, 1984 times.\n" * 3
         + "def f(x):\n    return x ** 2  # übermäßig\n\n" * 5 + "\ttabs\t\tand     spaces   \n"

@@ -15,9 +15,10 @@ import prepare
 import train
 from bench import OPTIMIZATIONS, cannot, do_without, flops_of, ladder, main, measure_training
 from data import Source
+from files import InputError
 from train import TrainConfig, World
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SHAPE = ["--n_layer=2", "--d_model=64", "--n_head=4", "--n_kv_head=2", "--d_ff=176",
          "--vocab_size=256", "--context=96", "--micro_batch=4"]
 CFG = TrainConfig(**{key: int(value) for key, value in (arg[2:].split("=") for arg in SHAPE)})
@@ -26,7 +27,7 @@ CFG = TrainConfig(**{key: int(value) for key, value in (arg[2:].split("=") for a
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch):
     """do_without changes model.py for the process it is called in."""
-    for name in "attention", "products", "HeadLoss":
+    for name in "attention", "fused_linear", "FusedLinearCrossEntropy":
         monkeypatch.setattr(model, name, getattr(model, name))
 
 
@@ -51,7 +52,7 @@ def losses(left_out, steps=50):
 def plain():
     """The textbook's losses: fp32, and nothing of ours."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in "attention", "products", "HeadLoss":
+        for name in "attention", "fused_linear", "FusedLinearCrossEntropy":
             patch.setattr(model, name, getattr(model, name))
         return losses(OPTIMIZATIONS)
 
@@ -68,7 +69,7 @@ def test_every_optimization_trains_the_same(name, plain):
         others = [other for other in OPTIMIZATIONS if other != name]
         if name == "attention by rows":
             others.remove("SDPA")
-            model.attention = lambda q, k, v, mask: model.attention_by_rows(q, k, v)   # in fp32 too
+            model.attention = lambda q, k, v, mask: model.chunked_attention(q, k, v)   # in fp32 too
         assert losses(others) == pytest.approx(plain, rel=1e-4)
 
 
@@ -89,12 +90,12 @@ def test_flops_are_those_of_the_formulas():
 
 def test_do_without_changes_what_runs():
     """A ladder whose rungs are all the same code would show the noise of the machine."""
-    ours = model.attention, model.products, model.HeadLoss
+    ours = model.attention, model.fused_linear, model.FusedLinearCrossEntropy
     do_without([])
-    assert (model.attention, model.products, model.HeadLoss) == ours
+    assert (model.attention, model.fused_linear, model.FusedLinearCrossEntropy) == ours
     do_without(["attention by rows", "joined products", "loss by parts"])
     assert model.attention is bench.attention_by_sdpa
-    assert model.products is bench.products_one_by_one and model.HeadLoss is bench.WholeLoss
+    assert model.fused_linear is bench.products_one_by_one and model.FusedLinearCrossEntropy is bench.WholeLoss
     do_without(["attention by rows", "SDPA"])
     assert model.attention is bench.attention_by_definition
 
@@ -199,7 +200,7 @@ def test_memory_of_a_step_is_near_what_was_counted():
 ])
 def test_bad_input_is_named(argv, words):
     """Ten minutes of measuring must not end in a stack trace."""
-    with pytest.raises((SystemExit, train.DataError), match=words):
+    with pytest.raises((SystemExit, InputError), match=words):
         main(["train", *SHAPE, "--compile=False", "--seconds=0.1", *argv])
 
 
@@ -317,7 +318,7 @@ def test_quality_is_measured(small, here, tmp_path, capfd):
     (["--prompt=2000"], "are more than the context of 2048"), (["--batch=0"], "must be above 0")])
 def test_bad_input_of_generate_is_named(argv, words, capsys):
     """Ten minutes of measuring must not end in a stack trace."""
-    with pytest.raises((SystemExit, model.ModelError)) as error:
+    with pytest.raises((SystemExit, InputError)) as error:
         main(["generate", *argv])
     assert words in str(error.value) + capsys.readouterr().err
 

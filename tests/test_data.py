@@ -9,8 +9,17 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from data import (DataError, Header, Source, TokenWriter, counts, parse_stages, read_header,
-                  sequences, shuffled)
+from data import (
+    DataError,
+    Header,
+    Source,
+    TokenWriter,
+    parse_stages,
+    permute,
+    read_header,
+    sequences,
+    sequences_per_source,
+)
 
 MODEL = b"any bytes do for a tokenizer: only their hash is read"
 HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer=sha256(MODEL).hexdigest())
@@ -123,26 +132,26 @@ def test_every_token_is_a_target_once(lengths, tmp_path):
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1023, 1024, 1025, 9973])
 def test_shuffled_is_a_permutation(n):
     """Any round that cannot be undone repeats some windows and never shows others."""
-    assert sorted(shuffled(np.arange(n), n, 3407, "name", 0)) == list(range(n))
+    assert sorted(permute(np.arange(n), n, 3407, "name", 0)) == list(range(n))
 
 
 def test_orders_differ_and_any_index_stands_alone():
     """The original read the same file order every epoch; and an order that must be computed as a
     whole cannot be resumed."""
-    orders = {key: tuple(shuffled(np.arange(1000), 1000, *key)) for key in
+    orders = {key: tuple(permute(np.arange(1000), 1000, *key)) for key in
               [(1, "a", 0), (1, "a", 1), (2, "a", 0), (1, "b", 0)]}
     assert len(set(orders.values())) == 4
     for order in orders.values():         # no two agree, none is the identity, more than by chance
         assert sum(i == w for i, w in enumerate(order)) < 10
     some = [7, 999, 0, 512]
-    assert [orders[1, "a", 0][i] for i in some] == shuffled(some, 1000, 1, "a", 0).tolist()
+    assert [orders[1, "a", 0][i] for i in some] == permute(some, 1000, 1, "a", 0).tolist()
 
 
 def test_shuffled_looks_uniform():
     """A permutation that keeps neighbours together trains on pieces of one document a batch. Where
     element 0 lands, and how far apart 0 and 1 land, over 4,000 keys: chi square of 20 bins, 19
     degrees of freedom, 99.9 % point 43.8."""
-    landed = np.array([shuffled([0, 1], 1000, seed, "x", 0) for seed in range(4000)])
+    landed = np.array([permute([0, 1], 1000, seed, "x", 0) for seed in range(4000)])
     for values in landed[:, 0], (landed[:, 1] - landed[:, 0]) % 1000:
         observed = np.bincount(values * 20 // 1000, minlength=20)
         assert ((observed - 200) ** 2 / 200).sum() < 43.8
@@ -190,7 +199,7 @@ def test_sources_keep_their_shares(seed):
     for stage in stages:
         K, last = len(stage.names), dict.fromkeys(stage.names, 0)
         for n in range(0, stage.steps * stage.batch + 1):
-            now = counts(stage, n)
+            now = sequences_per_source(stage, n)
             assert sum(now.values()) == n
             for name in stage.names:
                 assert now[name] >= last[name]

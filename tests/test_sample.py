@@ -9,15 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import sample
-from model import Llama, ModelConfig, ModelError
-from prepare import train_tokenizer, write_tokenizer
-from sample import (STORED, Decoder, Int4, Int8, Stream, Tokenizer, choose, find_model, generate,
-                    keep, likeliest, load_model, only_read, repays, speculate)
 from test_prepare import AWKWARD, TEXT
 
-HERE = Path(__file__).parent
+import sample
+from files import InputError
+from model import Llama, ModelConfig
+from prepare import train_tokenizer, write_tokenizer
+from sample import (
+    LINEAR_TYPES,
+    Decoder,
+    Int4,
+    Int8,
+    TextStreamer,
+    Tokenizer,
+    find_model,
+    freeze_for_inference,
+    generate,
+    load_model,
+    sample_token,
+    should_compile,
+    speculate,
+    top_k_top_p,
+    truncate_at_eos,
+)
+
+HERE = Path(__file__).parents[1]
 VERSE = "Two roads diverged — 中 🙂 — in a yellow wood."
 
 
@@ -67,7 +83,7 @@ def tiny(seed, **shape):
     torch.manual_seed(seed)
     config = ModelConfig(**dict(n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=80,
                                 vocab_size=320, context=64) | shape)
-    return only_read(Llama(config).init_weights())
+    return freeze_for_inference(Llama(config).init_weights())
 
 
 @pytest.fixture
@@ -77,7 +93,7 @@ def run(capsys):
         code, message = 0, ""
         try:
             sample.main([str(a) for a in arguments])
-        except (SystemExit, ModelError) as error:
+        except (SystemExit, InputError) as error:
             code, message = 1, str(error)
         printed = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, printed.out, printed.err + message)
@@ -141,7 +157,7 @@ def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
 def test_running_ahead_changes_nothing(loaded, right, monkeypatch):
     """On a GPU the next step is told before this one's ids are known: the last must not be told
     twice, nor an earlier one for the last."""
-    monkeypatch.setattr(sample, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(sample, "is_async", lambda device: True)
     prompts, texts = right
     assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
     ends = {texts[0][7]}
@@ -151,7 +167,7 @@ def test_running_ahead_changes_nothing(loaded, right, monkeypatch):
 
 def test_a_prompt_may_come_in_chunks(loaded, right, monkeypatch):
     """The second part of a prompt continues the first."""
-    monkeypatch.setattr(sample, "CHUNK", 5)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 5)
     for prompt, text in zip(*right):
         assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
 
@@ -181,7 +197,7 @@ def test_a_draft_changes_no_text(loaded, right, who, guesses):
 def test_a_draft_changes_no_chance(how, monkeypatch):
     """Pairs of tokens come as often as the model says, drawn with a draft that thinks otherwise:
     one that accepts too readily, or draws again from the wrong rest, tilts the distribution."""
-    monkeypatch.setattr(sample, "ROUND", 8)                  # 20,000 rows of cache
+    monkeypatch.setattr(sample, "CACHE_MULTIPLE", 8)                  # 20,000 rows of cache
     n, V = 20_000, 6
     model, draft = (tiny(seed, n_layer=1, vocab_size=V, d_model=32, n_head=2, n_kv_head=1, d_ff=32,
                          context=8) for seed in (1, 2))
@@ -189,7 +205,7 @@ def test_a_draft_changes_no_chance(how, monkeypatch):
         m.head.weight *= 2
 
     def exact(logits):
-        p, ids = likeliest(logits, **how)
+        p, ids = top_k_top_p(logits, **how)
         return torch.zeros(V).scatter(0, ids, p / p.sum())
 
     with torch.no_grad():
@@ -250,20 +266,20 @@ def test_generation_stops_at_the_context(loaded):
 def test_what_comes_behind_an_end_is_dropped():
     """Guesses go on behind EOS, and behind the room that is left."""
     left = [9, 9, 2, 0]
-    assert keep([[5, 2, 7], [5, 6], [5, 6, 7], [5]], left, {2}) == [[5, 2], [5, 6], [5, 6], []]
+    assert truncate_at_eos([[5, 2, 7], [5, 6], [5, 6, 7], [5]], left, {2}) == [[5, 2], [5, 6], [5, 6], []]
     assert left == [0, 7, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights that are only read
 
-@pytest.mark.parametrize("kind", [*STORED])
+@pytest.mark.parametrize("kind", [*LINEAR_TYPES])
 @pytest.mark.parametrize("O, I", [(7, 48), (64, 256), (33, 5632), (6, 4098), (5, 16384), (3, 10)])
 def test_sums_are_the_product(kind, O, I):
     """What is compiled for few rows and what runs for many are two programs for one product: sizes
     that no group or lane divides, and rows of more than 4,096, each have a path of their own."""
     torch.manual_seed(0)
-    layer, x = STORED[kind](torch.randn(O, I)), torch.randn(3, I)
+    layer, x = LINEAR_TYPES[kind](torch.randn(O, I)), torch.randn(3, I)
     right = layer.product(x)
     assert torch.stack([layer.times(row) for row in x]).sub(right).abs().max() < 1e-5 * I ** 0.5
     assert layer(x).equal(right) and layer(x[None]).shape == (1, 3, O)
@@ -307,8 +323,8 @@ def test_a_tied_model_is_quantized_too(tmp_path):
                               context=32, tie_embeddings=True)).init_weights()
     ids = torch.arange(10)[None]
     right = model(ids)
-    assert torch.allclose(only_read(model)(ids), right, atol=1e-5)
-    assert isinstance(only_read(Llama(model.config).init_weights(), "int8").head, Int8)
+    assert torch.allclose(freeze_for_inference(model)(ids), right, atol=1e-5)
+    assert isinstance(freeze_for_inference(Llama(model.config).init_weights(), "int8").head, Int8)
 
 
 def test_text_does_without_cudnn(folder, monkeypatch):
@@ -331,12 +347,12 @@ def test_large_pages_hold_the_same():
 def test_compilation_where_it_comes_back():
     """Three seconds to the first token of the demo, and no minute at a token a second."""
     with torch.device("meta"):
-        small, large = tiny(0), only_read(Llama(ModelConfig()))
+        small, large = tiny(0), freeze_for_inference(Llama(ModelConfig()))
     small.embed.weight = large.embed.weight = torch.empty(1)
     for model, kind, steps, wanted in ((small, None, 200, False), (small, "int4", 200, False),
                                        (large, None, 200, True), (large, None, 20, False),
                                        (large, "int8", 20, True), (large, "int8", 2, False)):
-        assert repays(model, kind, steps) == wanted
+        assert should_compile(model, kind, steps) == wanted
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
@@ -354,8 +370,8 @@ def test_compiled_text_is_the_same(folder, kind):
         assert fast.fast is not model
         ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
         plain = decoder(model, 2)
-        plain.read(prompts), fast.read(prompts)
-        assert torch.allclose(fast.step(ids), plain.step(ids), atol=1e-3)
+        plain.prefill(prompts), fast.prefill(prompts)
+        assert torch.allclose(fast.decode(ids), plain.decode(ids), atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -381,7 +397,7 @@ def test_choose_is_the_distribution_it_says():
     generator = torch.Generator().manual_seed(0)
 
     def frequencies(**options):
-        drawn = choose(logits.expand(40_000, 4), generator=generator, **options)
+        drawn = sample_token(logits.expand(40_000, 4), generator=generator, **options)
         return torch.bincount(drawn, minlength=4)[order] / 40_000
 
     hot = (p ** 0.5) / (p ** 0.5).sum()
@@ -417,7 +433,7 @@ def test_streamed_text_is_the_whole_text(folder):
     for text in [*AWKWARD, TEXT, VERSE, "🙂🙂é中\n"]:
         ids = tokenizer.encode(text)
         for cut in {0, 1, len(ids) // 2} & set(range(len(ids) + 1)):
-            stream = Stream(tokenizer, [1, *ids[:cut]])
+            stream = TextStreamer(tokenizer, [1, *ids[:cut]])
             parts = [stream.add([i]) for i in ids[cut:]] + [stream.add([2], last=True)]
             assert (tokenizer.decode([1, *ids[:cut]]).rstrip("\ufffd") + "".join(parts) == text
                     or "\ufffd" in tokenizer.decode(ids[:cut]))
@@ -542,7 +558,7 @@ def test_compilation_needs_a_compiler(run, folder, monkeypatch):
     it is chosen, it is left out."""
     monkeypatch.setattr(sample, "compile_error", lambda device: "no compiler")
     assert "--compile=True does not work here: no compiler" in run(folder, "--compile=True").stderr
-    monkeypatch.setattr(sample, "repays", lambda *_: True)
+    monkeypatch.setattr(sample, "should_compile", lambda *_: True)
     done = run(folder, "--prompt=Two", "--max_new_tokens=3")
     assert done.returncode == 0 and "not compiled: no compiler" in done.stderr
     assert "compiled in" not in done.stderr

@@ -17,11 +17,11 @@ from bisect import bisect_right
 
 import pytest
 import torch
+from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
 
 import train
 from model import Llama
-from train import TrainConfig, World, choose_strategy, memory_needed, rows_of
-from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
+from train import TrainConfig, World, choose_strategy, estimate_memory, shard_rows
 
 BATCHES = """--stages=[{"tokens": 2560, "batch": 256, "mixture": {"prose": 1}},
                        {"tokens": 2560, "batch": 256, "mixture": {"prose": 1, "code": 1},
@@ -191,7 +191,7 @@ def test_ranks_hold_their_own_rows(world):
         whole = torch.arange(rows)
         parts = torch.chunk(whole, ranks)             # ranks beyond them hold nothing
         for rank, part in enumerate([*parts, *[whole[:0]] * (ranks - len(parts))]):
-            assert whole[rows_of(rows, ranks, rank)].equal(part)
+            assert whole[shard_rows(rows, ranks, rank)].equal(part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_folder_has_one_writer(world, tmp_path):
     assert first.poll() is None
     killer = threading.Timer(2, first.kill)
     killer.start()
-    with train.locked(out):                                  # waits until the other is gone
+    with train.lock_run(out):                                  # waits until the other is gone
         assert first.wait(10) == -signal.SIGKILL
         assert f"process {os.getpid()} on " in (out / "lock").read_text()
     assert not (out / "lock").exists()
@@ -423,8 +423,8 @@ def counted(micro, strategy, compiled=True, dtype=torch.bfloat16, recompute=True
     with torch.device("meta"):
         model = Llama(cfg)
     gpu = torch.device("cuda")
-    shards = train.shards_of(World(gpu, 0, 8, 8), strategy)
-    return sum(memory_needed(model, cfg, shards, micro, dtype, gpu, compiled, recompute))
+    shards = train.shard_count(World(gpu, 0, 8, 8), strategy)
+    return sum(estimate_memory(model, cfg, shards, micro, dtype, gpu, compiled, recompute))
 
 
 @pytest.mark.parametrize("micro, strategy, how, allocated", ALLOCATED)
@@ -494,11 +494,11 @@ def test_saved_activations_are_as_counted(dtype, compiled, recompute):
                 found[t.untyped_storage().data_ptr()] = t         # alive, so no address comes twice
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), train.precision(
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), train.autocast(
                 x.device, dtype):
             called(x, x)
         total = sum(t.untyped_storage().nbytes() for t in found.values())
-        needed = sum(memory_needed(model, cfg, 1, 8, dtype, x.device, compiled, recompute))
+        needed = sum(estimate_memory(model, cfg, 1, 8, dtype, x.device, compiled, recompute))
         parameters = sum(p.numel() for p in model.parameters())
         kept.append((total, needed - 16 * parameters))
     blocks, expected = (kept[1][i] - kept[0][i] for i in range(2))
