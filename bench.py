@@ -62,20 +62,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model
+import parallel
 import prepare
 import train
-from config import load
-from data import Header, Source, TokenWriter
+from config import load_config
+from data import Header, Source, token_writer
 from device import (
     compile_error,
     device_name,
     disable_malloc_trim,
     find_device,
     find_dtype,
+    format_bytes,
     memory_used,
     peak_flops,
 )
 from files import InputError, read_json
+from parallel import World
+from plan import choose_training_compile
 from sample import (
     LINEAR_TYPES,
     Decoder,
@@ -88,7 +92,7 @@ from sample import (
     stored_bytes,
 )
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
-from train import TrainConfig, World, format_bytes
+from train import TrainConfig
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -198,7 +202,7 @@ def cannot(cfg, device):
 
 def compiles(cfg, device):
     """(whether training would compile in a run that is long enough, why)."""
-    return train.choose_compile(cfg, device, flops=math.inf)
+    return choose_training_compile(cfg, device, math.inf)
 
 
 def do_without(left_out):
@@ -219,7 +223,7 @@ def random_source(folder, cfg):
     tokenizer = sha256(b"").hexdigest()
     (folder / "tokenizer.model").write_bytes(b"")
     n = 64 * cfg.context + 1
-    with TokenWriter(folder / "train_00000.bin", Header(cfg.vocab_size, 1, 2, tokenizer)) as file:
+    with token_writer(folder / "train_00000.bin", Header(cfg.vocab_size, 1, 2, tokenizer)) as file:
         file.write(np.random.default_rng(0).integers(3, cfg.vocab_size, n))
     (folder / "source.json").write_text(json.dumps(
         {"train": {"tokens": n, "documents": 1, "bytes": n}}))
@@ -268,15 +272,15 @@ def measure_training(cfg, batch, seconds, left_out=()):
         disable_malloc_trim()
     dtype = torch.float32 if "bf16" in left_out else find_dtype(device, cfg.dtype)[0]
     compiled = "compilation" not in left_out and compiles(cfg, device)[0]
-    micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
+    micro, _ = parallel.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
-    recompute = train.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
-    counted = sum(train.estimate_memory(llama, cfg, 1, micro, dtype, device, compiled, recompute))
+    recompute = parallel.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
+    counted = sum(parallel.estimate_memory(llama, cfg, 1, micro, dtype, device, compiled, recompute))
     empty = memory_used(device)
-    called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
+    called = parallel.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
                                recompute)
-    train.init_weights(llama, cfg)
+    parallel.init_weights(llama, 1)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -315,7 +319,7 @@ def measure_transformers(cfg, batch, seconds):
         llama.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=cfg.learning_rate, fused=True)
     called = torch.compile(llama) if compiles(cfg, device)[0] else llama
-    micro, parts = train.split_batch(batch, 1, cfg.micro_batch)
+    micro, parts = parallel.split_batch(batch, 1, cfg.micro_batch)
     x = torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
 
     def step():
@@ -343,10 +347,11 @@ def flops_of(cfg):
 def training_of(args, device):
     """(config, rows of a step) of a command line."""
     named = any(not arg.startswith("--") for arg in args.recipe)
-    cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
+    cfg = load_config([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
                TrainConfig)
     if cfg.data:
-        cfg, _, _ = train.read_sources(cfg, [cfg.data])
+        size = Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context).header.vocab_size
+        cfg = replace(cfg, vocab_size=cfg.vocab_size or size)
     elif not cfg.vocab_size:
         cfg = replace(cfg, vocab_size=32_000)
         print("a vocabulary of 32,000, as the recipe leaves it to the data: --data=NAME, or "
@@ -900,7 +905,7 @@ def bench_quality(args):
 def demo_model(out):
     """A folder with an untrained model of the demo's shape, and a tokenizer as large as its."""
     tokenizer = prepare.train_tokenizer(prepare.documentation(), 4096)
-    cfg = load(["config_demo.py"], TrainConfig)
+    cfg = load_config(["config_demo.py"], TrainConfig)
     shape = {field.name: getattr(cfg, field.name) for field in fields(model.ModelConfig)}
     model.Llama(model.ModelConfig(**shape | {"vocab_size": 4096})).init_weights().save_pretrained(
         out)

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
+import parallel
 import sample
 import train
 from device import compile_error, device_name, find_device, find_dtype
@@ -56,7 +57,7 @@ def step(device, dtype, compiled=False, checkpointing=False):
     weights = model.Llama(cfg).init_weights().state_dict()
     with torch.device("meta"):
         llama = model.Llama(cfg)
-    called = train.parallelize(llama, train.World(device), "none", dtype, compiled, checkpointing,
+    called = parallel.parallelize(llama, parallel.World(device), "none", dtype, compiled, checkpointing,
                                recompute=checkpointing)
     llama.load_state_dict(weights)
     x, y = (torch.randint(3, 4096, (2, 512)).to(device) for _ in range(2))

@@ -15,7 +15,7 @@ import typing
 from difflib import get_close_matches
 
 
-def load(argv, cls):
+def load_config(argv, cls):
     """The `cls` that recipe files and --key=value in `argv` describe. Ends the program with a
     sentence at the first mistake."""
     kinds, found = typing.get_type_hints(cls), {}

@@ -1,39 +1,50 @@
 """Tokens on disk, and the order in which training reads them.
 
-A source is a folder, data/NAME, with token files train_00000.bin, train_00001.bin, ... and
-val_00000.bin, ..., the tokenizer they were written with and source.json, which counts what is in
-them. Its tokens are those of its files one after the other. With a context of T they are cut into
-windows of T + 1 tokens, of which the last is the first of the next window (T = 4 here), so that
-each token but the first is a target exactly once:
+A source is a folder, data/NAME: token files train_00000.bin, train_00001.bin, ... and
+val_00000.bin, ..., the tokenizer that wrote them, and source.json with their counts. Its tokens are
+those of its files, one file after the other. They are cut into windows of context + 1 tokens that
+overlap by one. A model learns to predict the next token, so a window gives inputs x and targets y,
+shifted by one. Thanks to the overlap every token is a target exactly once, except the very first
+and the few left over at the end. With a context of 4:
 
     tokens      a b c d e f g h i j k       x = a b c d    y = b c d e
     window 0    a b c d e                   x = e f g h    y = f g h i
-    window 1            e f g h i           and j, k, fewer than T, are left over
+    window 1            e f g h i           j and k are left over
 
-Which windows make up optimizer step k follows from (seed, stages, k) alone: from nothing read
-before, no state of a loader, no number of GPUs. So a run continues anywhere, at once and exactly,
-and knowing a step is knowing its data. Two ideas do it.
+Windows ignore where documents end, so attention sees earlier documents of its window, as it does in
+the original.
 
-1. Mixing: in what order the sources take turns. After x sequences of a stage a source should have
-   given its share, integrated from the stage's start, a real number; it falls due for its j-th
-   sequence when that number passes j - 1/2. Serving the sources as they fall due keeps each within
-   (K - 1)/2 sequences of its share, for K sources, and no count ever goes back. Shares are
-   fractions, never floats: rounding would let a count go back by one now and then.
-2. Shuffling: a permutation of a source's windows for each epoch that is computed at one index and
-   never stored, a Feistel network (Luby and Rackoff 1988). Each round is invertible, whatever its
-   keys, so the whole is.
+Which windows make up the batch of step k follows from (seed, stages, k) alone. There is no loader
+with a state to save, and it does not matter how many GPUs there are, so a run continues anywhere,
+exactly. Two ideas make that possible:
+
+1. Mixing decides whose turn it is. With shares 0.7 and 0.3 a source should have given 0.7 x and
+   0.3 x of the first x sequences. Rounded to whole sequences, these counts only ever grow, and a
+   source has its turn when its count does. The first ten turns are
+
+       x              1    2    3    4    5    6    7    8    9    10
+       0.7 x        0.7  1.4  2.1  2.8  3.5  4.2  4.9  5.6  6.3   7.0
+       rounded        1    1    2    3    4    4    5    6    6     7
+       turn           a    b    a    a    a    b    a    a    b     a
+
+   Each source stays within (K - 1) / 2 sequences of its exact share, for K sources. Shares are
+   fractions, as with floats a count could go back by one now and then.
+2. Shuffling decides which of a source's windows is next. Each epoch has a permutation of its own,
+   which is computed for one index at a time and never stored: a Feistel network (Luby and Rackoff
+   1988), whose rounds can all be undone, whatever their keys.
 """
-import json
 import os
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from hashlib import blake2b, sha256
-from math import floor, isqrt, log
+from hashlib import blake2b
+from itertools import accumulate
+from math import floor, inf, isqrt, log
 from pathlib import Path
 
 import numpy as np
 
-from files import InputError
+from files import InputError, atomic_write, read_json, sha256_file
 
 MAGIC, VERSION, HEADER_BYTES = 20240104, 1, 1024
 
@@ -43,7 +54,7 @@ class DataError(InputError):
 
 
 # --------------------------------------------------------------------------------------------------
-# Token files: 256 little-endian int32, then the tokens as uint16, or uint32 where the vocabulary
+# Token files: 256 little-endian int32, then the tokens as uint16, or as uint32 where the vocabulary
 # needs it
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Header:
     vocab_size: int
     bos_id: int
     eos_id: int
-    tokenizer: str                 # sha256 of tokenizer.model, in hex
+    tokenizer_sha256: str          # of tokenizer.model, in hex
     tokens: int = 0
 
     @property
@@ -62,7 +73,7 @@ class Header:
         words = np.zeros(256, "<u4")
         words[:8] = (MAGIC, VERSION, self.dtype.itemsize, self.vocab_size,
                      self.tokens & 0xFFFFFFFF, self.tokens >> 32, self.bos_id, self.eos_id)
-        words[8:16] = np.frombuffer(bytes.fromhex(self.tokenizer), "<u4")
+        words[8:16] = np.frombuffer(bytes.fromhex(self.tokenizer_sha256), "<u4")
         return words.tobytes()
 
 
@@ -76,11 +87,12 @@ def read_header(path):
     words = np.frombuffer(raw, "<u4")
     magic, version, itemsize, vocab_size, low, high, bos_id, eos_id = map(int, words[:8])
     if (magic, version) != (MAGIC, VERSION):
-        raise DataError(f"{path} is no token file of ours: magic {magic} and version {version} "
-                        f"where {MAGIC} and {VERSION} should be; make it with prepare.py tokenize")
+        raise DataError(f"{path} is not a token file written by prepare.py: magic {magic} and "
+                        f"version {version} instead of {MAGIC} and {VERSION}; make it with "
+                        "prepare.py tokenize")
     header = Header(vocab_size, bos_id, eos_id, words[8:16].tobytes().hex(), low | high << 32)
     if itemsize != header.dtype.itemsize or max(bos_id, eos_id) >= vocab_size:
-        raise DataError(f"{path}: {itemsize} bytes a token, BOS {bos_id} and EOS {eos_id} do not "
+        raise DataError(f"{path}: {itemsize} bytes per token, BOS {bos_id} and EOS {eos_id} do not "
                         f"go with a vocabulary of {vocab_size}; prepare it again")
     expected, size = HEADER_BYTES + header.tokens * itemsize, os.path.getsize(path)
     if size != expected:
@@ -90,21 +102,23 @@ def read_header(path):
     return header
 
 
+@contextmanager
+def token_writer(path, header):
+    """Yields a TokenWriter; the file gets its name when it is complete, and never otherwise."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(header.pack())
+        writer = TokenWriter(path, header, file)
+        yield writer
+        file.seek(0)
+        file.write(replace(header, tokens=writer.tokens).pack())
+
+
 class TokenWriter:
-    """Writes one token file under a temporary name, and gives it its own when `with` ends without
-    an error."""
-
-    def __init__(self, path, header):
-        self.path, self.header, self.tokens = Path(path), header, 0
-        self.temporary = self.path.with_name(self.path.name + ".tmp")
-
-    def __enter__(self):
-        self.file = open(self.temporary, "wb")
-        self.file.write(self.header.pack())
-        return self
+    def __init__(self, path, header, file):
+        self.path, self.header, self.file, self.tokens = path, header, file, 0
 
     def write(self, ids):
-        """Appends a sequence of ids. Raises DataError for one that is outside the vocabulary."""
+        """Appends a sequence of ids. Raises DataError for one outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
             raise DataError(f"ids {ids.min()} to {ids.max()} for {self.path}, "
@@ -112,23 +126,9 @@ class TokenWriter:
         self.write_bytes(ids.astype(self.header.dtype).tobytes())
 
     def write_bytes(self, raw):
-        """Appends ids that are in the file's form already."""
+        """Appends ids that have the file's dtype already."""
         self.file.write(raw)
         self.tokens += len(raw) // self.header.dtype.itemsize
-
-    def __exit__(self, error, *_):
-        try:
-            if error is None:
-                self.file.seek(0)
-                self.file.write(Header(**vars(self.header) | {"tokens": self.tokens}).pack())
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                os.replace(self.temporary, self.path)
-        finally:
-            try:
-                self.file.close()                   # writes what is left: the disk may be full
-            finally:
-                self.temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,67 +137,51 @@ class TokenWriter:
 class Source:
     """The windows of one split, "train" or "val", of the folder data/NAME.
 
-    Attributes: name, header (its `tokens` those of all files), windows (how many), info
-    (source.json's entry of the split).
+    Attributes: name, header (its `tokens` are those of all files), windows (how many there are),
+    info (documents, tokens and bytes of the split, from source.json).
     """
 
     def __init__(self, folder, split, context):
         folder = Path(folder)
         self.name, self.context = folder.name, context
         if not folder.is_dir():
-            raise DataError(f"there is no folder {folder}: make it with\n  python prepare.py "
-                            + ("demo" if self.name.startswith("demo-") else
-                               f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}"))
+            command = ("demo" if self.name.startswith("demo-") else
+                       f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}")
+            raise DataError(f"there is no folder {folder}: make it with\n"
+                            f"  python prepare.py {command}")
         if (folder / "units").is_dir() and not (folder / "source.json").exists():
-            raise DataError(f"{folder} is not complete: the command that began it goes on where it "
-                            "was")
+            raise DataError(f"{folder} is not complete: run the command that began it again, and "
+                            "it continues")
         self.files = sorted(folder.glob(f"{split}_*.bin"))
         if not self.files and split == "train":
             raise DataError(f"{folder} has no train_*.bin: prepare it again")
         headers = [read_header(path) for path in self.files]
-        total = sum(header.tokens for header in headers)
         self.starts = np.cumsum([0] + [header.tokens for header in headers])
+        total = int(self.starts[-1])
         self.windows = max(0, (total - 1) // context)
-        self.info = self.read_info(folder, split, total)
+        self.info = read_counts(folder, split, total)
         if headers:
-            self.header = Header(**vars(headers[0]) | {"tokens": total})
+            self.header = replace(headers[0], tokens=total)
             self.check_tokenizer(folder, headers)
 
-    @staticmethod
-    def read_info(folder, split, total):
-        try:
-            info = json.loads((folder / "source.json").read_text("utf-8"))[split]
-            counted, _, _ = info["tokens"], info["documents"], info["bytes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / 'source.json'} cannot be read ({error!r}): "
-                            "prepare the source again") from None
-        if counted != total:
-            raise DataError(f"{folder}: source.json counts {counted} tokens for {split}, "
-                            f"its files hold {total}: prepare the source again")
-        return info
-
     def check_tokenizer(self, folder, headers):
-        try:
-            beside = sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"{folder / 'tokenizer.model'} cannot be read ({error}): "
-                            "prepare the source again") from None
+        expected = sha256_file(folder / "tokenizer.model")
         for path, header in zip(self.files, headers):
-            if Header(**vars(header) | {"tokens": self.header.tokens}) != self.header:
+            if replace(header, tokens=self.header.tokens) != self.header:
                 raise DataError(f"{path} and {self.files[0]} differ in vocabulary, BOS, EOS or "
                                 "tokenizer: prepare the source again")
-            if header.tokenizer != beside:
+            if header.tokenizer_sha256 != expected:
                 raise DataError(f"{path} was written with another tokenizer "
-                                f"({header.tokenizer[:12]}) than the one beside it "
-                                f"({beside[:12]}): prepare the source again")
+                                f"({header.tokenizer_sha256[:12]}) than the one in its folder "
+                                f"({expected[:12]}): prepare the source again")
 
     def window(self, i):
-        """Window i, T + 1 ids in int64. Raises DataError for an id outside the vocabulary."""
+        """Window i: context + 1 ids in int64. Raises DataError for one outside the vocabulary."""
         return self.read(i * self.context, (i + 1) * self.context + 1)
 
     def read(self, start, stop):
-        """Tokens start to stop - 1 of the source, of which there must be one, from as many files as
-        they lie in."""
+        """Tokens start to stop - 1 of the source (at least one), from as many files as they lie
+        in."""
         parts = []
         for f in range(np.searchsorted(self.starts, start, "right") - 1,
                        np.searchsorted(self.starts, stop, "left")):
@@ -213,20 +197,51 @@ class Source:
         return ids
 
 
+def read_counts(folder, split, total):
+    """source.json's counts of a split, whose files hold `total` tokens."""
+    try:
+        info = read_json(folder / "source.json")[split]
+        tokens, _, _ = info["tokens"], info["documents"], info["bytes"]
+    except (InputError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'source.json'} is damaged ({error!r}): "
+                        "prepare the source again") from None
+    if tokens != total:
+        raise DataError(f"{folder}: source.json counts {tokens} tokens for {split}, "
+                        f"its files hold {total}: prepare the source again")
+    return info
+
+
+def open_sources(data_dir, names, context):
+    """({name: training Source}, {name: validation Source}, of those that have one), checked against
+    each other."""
+    train, val = ({name: Source(Path(data_dir) / name, split, context) for name in names}
+                  for split in ("train", "val"))
+    for name, source in train.items():
+        if not source.windows:
+            raise DataError(f"the source {name} has {source.header.tokens} tokens, less than one "
+                            f"window of context + 1 = {context + 1}: give it more text, or "
+                            "--context a smaller value")
+        ours, first = (s.header.tokenizer_sha256 for s in (source, train[names[0]]))
+        if ours != first:
+            raise DataError(f"the sources {names[0]} and {name} were written with different "
+                            f"tokenizers ({first[:12]} and {ours[:12]}): tokenize both with one")
+    return train, {name: source for name, source in val.items() if source.windows}
+
+
 def bits_per_byte(nats, size):
-    """Bits per byte of a text of `size` bytes that cost a model `nats` in all. Nats per token depend
-    on the tokenizer, bits per byte do not."""
+    """Bits per byte of a text of `size` bytes that cost a model `nats` in all. Unlike nats per
+    token, they do not depend on the tokenizer."""
     return nats / log(2) / size
 
 
 # --------------------------------------------------------------------------------------------------
-# Stages and mixing
+# Stages
 
 @dataclass(frozen=True)
 class Stage:
     """`steps` optimizer steps of `batch` sequences. Over the first `ramp` sequences the share of
-    each source goes linearly from what it was before to `shares`; the shares of each of the two add
-    up to 1."""
+    each source goes linearly from `before`, that of the stage before, to `shares`. The shares in
+    each of the two add up to 1."""
     steps: int
     batch: int
     shares: dict
@@ -238,20 +253,21 @@ class Stage:
         return sorted({**self.before, **self.shares})
 
     def __str__(self):
-        return (f"{self.steps} steps of {self.batch} sequences, "
-                + ", ".join(f"{name} {float(share):.6g}" for name, share in self.shares.items())
-                + f", by a ramp of {float(self.ramp):.6g} sequences" * bool(self.ramp))
+        mixture = ", ".join(f"{name} {float(s):.6g}" for name, s in self.shares.items())
+        ramp = f", with a ramp over {float(self.ramp):.6g} sequences" if self.ramp else ""
+        return f"{self.steps} steps of {self.batch} sequences, {mixture}{ramp}"
 
 
 def parse_stages(stages, context):
-    """The list of Stages of a recipe's `stages`: dicts of tokens, batch (tokens), mixture and,
-    where wanted, ramp (tokens). A stage of N tokens has ceil(N / batch) steps. Raises DataError for
-    what is not a recipe, naming stage and numbers."""
+    """The list of Stages of a recipe's `stages`: dicts of tokens, batch (in tokens), mixture and,
+    where wanted, ramp (in tokens). A stage of N tokens has ceil(N / batch) steps. Raises DataError
+    for what is not a recipe, naming stage and numbers."""
     parsed = []
     for k, stage in enumerate(stages, 1):
-        keys = (set(stage) if isinstance(stage, dict) and isinstance(stage.get("mixture"), dict)
-                else set())
-        if not {"tokens", "batch", "mixture"} <= keys <= {"tokens", "batch", "mixture", "ramp"}:
+        mixture = stage.get("mixture") if isinstance(stage, dict) else None
+        if not isinstance(mixture, dict) or not (
+                {"tokens", "batch", "mixture"} <= set(stage)
+                <= {"tokens", "batch", "mixture", "ramp"}):
             raise DataError(f"stage {k} is {stage}: it must be a dict of tokens, batch, "
                             "mixture (itself a dict, source: share) and, where wanted, ramp")
         tokens, batch, ramp = (require_int(stage.get(key, 0), f"{key} of stage {k}")
@@ -265,16 +281,7 @@ def parse_stages(stages, context):
         if not 0 <= ramp <= tokens or (ramp and k == 1):
             raise DataError(f"stage {k} has a ramp of {ramp} tokens: it may be as long as the "
                             f"stage, {tokens}, and the first stage has none")
-        shares = stage["mixture"].values()
-        if (not all(type(s) in (int, float) and 0 <= s < float("inf") for s in shares)
-                or not all(type(name) is str for name in stage["mixture"]) or not sum(shares)):
-            raise DataError(f"stage {k}: the mixture {stage['mixture']} must give each name of a "
-                            "source a number, none negative, not all zero")
-        for name in stage["mixture"]:
-            if name in ("", "..") or Path(name).name != name:
-                raise DataError(f"stage {k}: the source {name!r} is no plain name of a folder")
-        exact = {name: Fraction(str(share)) for name, share in stage["mixture"].items()}
-        shares = {name: share / sum(exact.values()) for name, share in exact.items()}
+        shares = parse_shares(mixture, k)
         before = parsed[-1].shares if ramp else shares
         parsed.append(Stage(-(-tokens // batch), batch // context, shares, before,
                             Fraction(ramp, context)))
@@ -283,15 +290,49 @@ def parse_stages(stages, context):
     return parsed
 
 
+def parse_shares(mixture, k):
+    """{source: exact share}, adding up to 1, of the mixture of stage k."""
+    weights = mixture.values()
+    if not all(type(w) in (int, float) and 0 <= w < inf for w in weights) or not sum(weights):
+        raise DataError(f"stage {k}: the mixture {mixture} must give each source a number, none "
+                        "negative, not all zero")
+    for name in mixture:
+        if type(name) is not str or name in ("", "..") or Path(name).name != name:
+            raise DataError(f"stage {k}: the source {name!r} is no plain name of a folder")
+    exact = {name: Fraction(str(w)) for name, w in mixture.items()}      # 0.7 means 7/10
+    return {name: w / sum(exact.values()) for name, w in exact.items()}
+
+
 def require_int(number, what):
     if type(number) not in (int, float) or number != number // 1:
         raise DataError(f"{what} must be a whole number, got {number!r}")
     return int(number)
 
 
+def source_names(stages):
+    return sorted({name for stage in stages for name in stage.names})
+
+
+def stage_ends(stages):
+    """The steps after which the stages are done."""
+    return list(accumulate(stage.steps for stage in stages))
+
+
+def tokens_after(stages, step, context):
+    """Tokens seen when `step` steps are done."""
+    tokens = 0
+    for stage in stages:
+        done = min(step, stage.steps)
+        tokens, step = tokens + done * stage.batch * context, step - done
+    return tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixing
+
 def target_count(stage, name, x):
-    """How many sequences source `name` should have given after x of the stage: its integrated
-    share, rounded. Exact."""
+    """How many of the first x sequences of a stage should come from source `name`: its share,
+    integrated over x, rounded. Exact."""
     before, share = stage.before.get(name, 0), stage.shares.get(name, 0)
     r = min(x, stage.ramp)
     integral = before * r + share * (x - r)
@@ -301,11 +342,11 @@ def target_count(stage, name, x):
 
 
 def sequences_per_source(stage, n):
-    """How many of the first n sequences of a stage come from each source, {name: count}.
+    """How many of the first n sequences of a stage do come from each source, {name: count}.
 
-    The counts due at x add up to within K/2 of x, so what was due K sequences ago has been served
-    by now, and from there it takes a few turns, each source in turn by name giving one when it has
-    become due for one more.
+    Target counts at x are rounded, so they add up to within K/2 of x for K sources. Those at n - K
+    are therefore surely served; a few turns remain, in which sources whose target count has grown
+    give one sequence each, in the order of their names.
     """
     names = stage.names
     x = max(0, n - len(names))
@@ -332,52 +373,54 @@ def splitmix64(x, key):
 
 
 def permute(indices, n, *key):
-    """Elements `indices` (array of ints below n) of the permutation of range(n) that `key` names,
-    as int64.
+    """Elements `indices` (an array of ints below n) of the permutation of range(n) that `key`
+    names, in int64.
 
-    An index is a place (l, r) in a table of a x b >= n places. A round moves l by a number that
-    depends on r alone, the next one r by a number that depends on l alone: both can be undone, so
-    places are permuted. A place beyond n is moved on until it falls below n, which keeps it a
-    permutation.
+    An index is a cell (row, column) of a table with a x b >= n cells. A round moves the row by a
+    number that depends on the column alone, then the column by one that depends on the row alone.
+    Both can be undone, so cells are permuted. A cell beyond n is moved on until it falls below n
+    (cycle walking), which is a permutation of range(n) again.
     """
     keys = np.frombuffer(blake2b(repr(key).encode()).digest(), "<u8")         # 8 of them
     a = isqrt(n - 1) + 1
     a, b = np.uint64(a), np.uint64(-(-n // a))
-    place = np.array(indices, np.uint64)
-    moving = np.ones(place.shape, bool)
-    while moving.any():
-        l, r = place[moving] // b, place[moving] % b
+    cell = np.array(indices, np.uint64)
+    beyond = np.ones(cell.shape, bool)
+    while beyond.any():
+        row, column = cell[beyond] // b, cell[beyond] % b
         for k in range(0, 8, 2):
             # % before +: a sum that wraps at 2^64 could not be undone
-            l = (l + splitmix64(r, keys[k]) % a) % a
-            r = (r + splitmix64(l, keys[k + 1]) % b) % b
-        place[moving] = l * b + r
-        moving = place >= n
-    return place.astype(np.int64)
+            row = (row + splitmix64(column, keys[k]) % a) % a
+            column = (column + splitmix64(row, keys[k + 1]) % b) % b
+        cell[beyond] = row * b + column
+        beyond = cell >= n
+    return cell.astype(np.int64)
 
 
 def sequences(stages, windows, seed, step):
     """The batch of optimizer step `step` (from 0): a list of (source name, window). `windows` is
     {name: how many it has}.
 
-    A source's windows are numbered through the run, across stages; the j-th is element j mod W of
-    its epoch j div W.
+    A source's turns are counted through the whole run, across stages: turn j takes element
+    j mod W of the permutation of epoch j div W, for W windows.
     """
-    given = dict.fromkeys(windows, 0)
+    already_served = dict.fromkeys(windows, 0)
     for stage in stages:
         if step < stage.steps:
             break
         step -= stage.steps
         for name, count in sequences_per_source(stage, stage.steps * stage.batch).items():
-            given[name] += count
+            already_served[name] += count
     else:
-        raise IndexError("the step lies behind the last stage")
-    first, last = sequences_per_source(stage, step * stage.batch), sequences_per_source(stage, (step + 1) * stage.batch)
+        raise IndexError("the step is beyond the last stage")
+    first = sequences_per_source(stage, step * stage.batch)
+    last = sequences_per_source(stage, (step + 1) * stage.batch)
     batch = []
     for name in first:
-        j = np.arange(given[name] + first[name], given[name] + last[name])
-        epoch = j // windows[name]
-        for e in np.unique(epoch):
-            chosen = permute(j[epoch == e] % windows[name], windows[name], seed, name, int(e))
+        turns = np.arange(first[name], last[name]) + already_served[name]
+        epochs = turns // windows[name]
+        for epoch in np.unique(epochs):
+            indices = turns[epochs == epoch] % windows[name]
+            chosen = permute(indices, windows[name], seed, name, int(epoch))
             batch += [(name, int(w)) for w in chosen]
     return batch

@@ -144,3 +144,7 @@ def disable_malloc_trim():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: nothing is trimmed
         mallopt(-4, 0)                                       # M_MMAP_MAX: no block has its own map
+
+
+def format_bytes(n):
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -470,7 +470,7 @@ def read_text(name, folder, tokenizer, context, args):
         if not source.windows:
             sys.exit(f"its validation part is shorter than the context of {context}")
         if source.header.vocab_size != tokenizer.size or own.exists() and (
-                sha256(own.read_bytes()).hexdigest() != source.header.tokenizer):
+                sha256(own.read_bytes()).hexdigest() != source.header.tokenizer_sha256):
             sys.exit(f"it was written with another tokenizer than that of {folder}: "
                      "give the text itself")
         some = range(source.windows)[:args.limit]

@@ -1,6 +1,7 @@
 """Files that are whole or absent, never half-written; JSON and checksums."""
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
@@ -12,15 +13,19 @@ class InputError(ValueError):
 
 @contextmanager
 def atomic_write(path):
-    """Yields a temporary path in the same folder to write to. Afterwards that file takes the name
-    `path`, whole and on disk; after an error it is removed, and what was at `path` is untouched."""
+    """Yields a temporary path in the same folder, at which to write a file or make a folder.
+    Afterwards that takes the name `path`, whole and on disk. After an error it is removed, and what
+    was at `path` is untouched."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         fsync(temporary)
         os.replace(temporary, path)
+        fsync(path.parent)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -34,7 +39,7 @@ def fsync(path):
 
 
 def read_json(path):
-    """The object in a JSON file, a dict. Raises InputError for a file that is missing or damaged."""
+    """The object in a JSON file, as a dict. Raises InputError where it is missing or damaged."""
     path = Path(path)
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -47,7 +47,7 @@ import sentencepiece
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from data import DataError, Header, Source, TokenWriter
+from data import DataError, Header, Source, token_writer
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def write_texts(folder, i, texts, encoder, val_fraction):
     bos, eos = encoder.pack([sp.bos_id()]), encoder.pack([sp.eos_id()])
     info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     with contextlib.ExitStack() as stack:
-        writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
+        writers = {split: stack.enter_context(token_writer(folder / f"{split}_{i:05}.bin", header))
                    for split in SPLITS}
         for text, ids in encoder.encode(texts):
             raw = text.encode()
@@ -801,7 +801,7 @@ def inspect_source(folder):
     sp = load_tokenizer(Path(folder) / "tokenizer.model")
     describe(folder, {"train": train.info, "val": val.info})
     print(f"  vocabulary of {train.header.vocab_size:,}, BOS {train.header.bos_id}, "
-          f"EOS {train.header.eos_id}, tokenizer {train.header.tokenizer[:12]}")
+          f"EOS {train.header.eos_id}, tokenizer {train.header.tokenizer_sha256[:12]}")
     for source, split in (train, "train"), (val, "val"):
         total = source.info["tokens"]
         if total:

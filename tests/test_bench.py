@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import bench
+import device
 import model
+import parallel
 import prepare
 import train
 from bench import OPTIMIZATIONS, cannot, do_without, flops_of, ladder, main, measure_training
 from data import Source
 from files import InputError
-from train import TrainConfig, World
+from parallel import World
+from train import TrainConfig
 
 HERE = Path(__file__).parents[1]
 SHAPE = ["--n_layer=2", "--d_model=64", "--n_head=4", "--n_kv_head=2", "--d_ff=176",
@@ -38,9 +41,9 @@ def losses(left_out, steps=50):
     with torch.device("meta"):
         llama = model.Llama(CFG)
     torch._dynamo.reset()
-    called = train.parallelize(llama, World(torch.device("cpu")), "none", dtype,
+    called = parallel.parallelize(llama, World(torch.device("cpu")), "none", dtype,
                                "compilation" not in left_out)
-    train.init_weights(llama, CFG)
+    parallel.init_weights(llama, CFG.seed)
     optimizer = train.build_optimizer(llama, CFG, "fused AdamW" not in left_out)
     text = torch.tensor(list((HERE / "model.py").read_bytes() * 2)[:steps * 8 * 97])
     text = text.view(steps, 8, 97)
@@ -124,7 +127,7 @@ def test_ladder_adds_one_at_a_time(capsys):
 
 def test_what_a_machine_cannot_do_is_left_out_and_said(monkeypatch):
     """A rung that could not be climbed must not stand in the table as if it had brought nothing."""
-    monkeypatch.setattr(train, "compile_error", lambda device: None)
+    monkeypatch.setattr(device, "compile_error", lambda device: None)
     reasons = cannot(replace(CFG, dtype="float32", compile=False), torch.device("cpu"))
     assert set(reasons) == {"bf16", "attention by rows", "compilation"} and all(reasons.values())
     assert set(cannot(replace(CFG, dtype="bfloat16", compile=True), torch.device("cuda"))) == {

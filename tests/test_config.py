@@ -14,10 +14,11 @@ import eval as evaluation
 import plot
 import prepare
 import sample
-from config import load
-from data import parse_stages, sequences_per_source
+from checkpoint import lineage
+from config import load_config
+from data import parse_stages, sequences_per_source, stage_ends, tokens_after
 from model import Llama, ModelConfig
-from train import FREE, TrainConfig, lineage, lr_at, read_recipe, stage_ends, tokens_after
+from train import RunOptions, TrainConfig, lr_at, read_recipe
 
 HERE = Path(__file__).parents[1]
 
@@ -37,15 +38,15 @@ def test_the_last_argument_wins(tmp_path):
     recipe = tmp_path / "config_x.py"
     recipe.write_text("import math\n_half = 3\nlayers = 2 * _half\n"
                       "rate = 1\nname = 'x'\ndef helper(): pass\n")
-    assert load([], Config) == Config()
-    assert load([str(recipe)], Config) == Config(layers=6, rate=1.0, name="x")
-    assert load([str(recipe), "--layers=7", "--rate=2e-3", "--name=a=b", "--fast"],
+    assert load_config([], Config) == Config()
+    assert load_config([str(recipe)], Config) == Config(layers=6, rate=1.0, name="x")
+    assert load_config([str(recipe), "--layers=7", "--rate=2e-3", "--name=a=b", "--fast"],
                 Config) == Config(7, 2e-3, "a=b", True)
-    assert load(["--layers=7", str(recipe)], Config).layers == 6
-    assert load(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True", "--stages=[{'a': 1}]",
+    assert load_config(["--layers=7", str(recipe)], Config).layers == 6
+    assert load_config(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True", "--stages=[{'a': 1}]",
                  "--name=12"], Config) == Config(300, 3.0, "12", False, True, [{"a": 1}])
-    assert (type(load(["--rate=3"], Config).rate) is float
-            and load(["--maybe=None"], Config).maybe is None)
+    assert (type(load_config(["--rate=3"], Config).rate) is float
+            and load_config(["--maybe=None"], Config).maybe is None)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -65,7 +66,7 @@ def test_mistakes_are_named(text, words, tmp_path):
         arg = str(tmp_path / "config_x.py")
         Path(arg).write_text(text)
     with pytest.raises(SystemExit) as error:
-        load([arg], Config)
+        load_config([arg], Config)
     assert words in str(error.value) and arg in str(error.value)
 
 
@@ -75,7 +76,7 @@ def test_mistakes_are_named(text, words, tmp_path):
 @pytest.mark.parametrize("path", sorted(HERE.glob("config_*.py")), ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
     """A recipe nobody ran since a key was renamed fails on the day somebody needs it."""
-    cfg = load([str(path)], TrainConfig)
+    cfg = load_config([str(path)], TrainConfig)
     stages = parse_stages(cfg.stages, cfg.context)
     assert cfg.warmup_steps < stages[0].steps
     assert ast.get_docstring(ast.parse(path.read_text()))
@@ -160,16 +161,17 @@ def test_forks_share_their_parents_past(path):
     parent, step = re.fullmatch(r"out/(\w+)/step_0*(\d+)", cfg.fork_from).groups()
     theirs, _, ends, _, _ = recipe(parent)
     assert int(step) == ends[0] and theirs.out_dir == f"out/{parent}"
-    ours, theirs = (lineage({"recipe": asdict(c), "sources": {}}, int(step)) for c in (cfg, theirs))
+    ours, theirs = (lineage(c.learned(), {}, int(step)) for c in (cfg, theirs))
     assert ours == theirs
 
 
 def test_every_config_field_is_used():
     """A key that is accepted and ignored is a lie."""
-    text = (HERE / "train.py").read_text() + (HERE / "model.py").read_text()
+    text = "".join((HERE / f"{name}.py").read_text() for name in (
+        "train", "model", "plan", "parallel", "checkpoint"))
     for f in fields(TrainConfig):
         assert re.search(rf"\b(cfg|config|self)\.{f.name}\b", text), f.name
-    assert FREE < {f.name for f in fields(TrainConfig)}
+    assert RunOptions.__annotations__.keys() < {f.name for f in fields(TrainConfig)}
 
 
 def test_readme_commands_parse():

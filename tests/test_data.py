@@ -3,6 +3,7 @@ promises."""
 import json
 import random
 import resource
+from dataclasses import replace
 from fractions import Fraction
 from hashlib import sha256
 
@@ -13,23 +14,23 @@ from data import (
     DataError,
     Header,
     Source,
-    TokenWriter,
     parse_stages,
     permute,
     read_header,
     sequences,
     sequences_per_source,
+    token_writer,
 )
 
 MODEL = b"any bytes do for a tokenizer: only their hash is read"
-HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer=sha256(MODEL).hexdigest())
+HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer_sha256=sha256(MODEL).hexdigest())
 
 
 def write_source(folder, *files, header=HEADER):
     """A source whose train files hold these token lists."""
     folder.mkdir(parents=True)
     for k, ids in enumerate(files):
-        with TokenWriter(folder / f"train_{k:05d}.bin", header) as writer:
+        with token_writer(folder / f"train_{k:05d}.bin", header) as writer:
             writer.write(ids)
     (folder / "tokenizer.model").write_bytes(MODEL)
     part = {"documents": 1, "tokens": sum(map(len, files)), "bytes": 9}
@@ -44,24 +45,23 @@ def write_source(folder, *files, header=HEADER):
 @pytest.mark.parametrize("vocab_size, itemsize", [(500, 2), (65_536, 2), (65_537, 4)])
 def test_tokens_come_back(vocab_size, itemsize, tmp_path):
     """uint16 wraps silently at 65,536; a count in one int32 word would at 2^31."""
-    header = Header(vocab_size, 1, 2, HEADER.tokenizer)
+    header = Header(vocab_size, 1, 2, HEADER.tokenizer_sha256)
     ids = [0, 1, 2, vocab_size - 1]
-    with TokenWriter(tmp_path / "x.bin", header) as writer:
+    with token_writer(tmp_path / "x.bin", header) as writer:
         writer.write(ids[:2])
         writer.write(ids[2:])
-    assert read_header(tmp_path / "x.bin") == Header(vocab_size, 1, 2, HEADER.tokenizer, tokens=4)
+    assert read_header(tmp_path / "x.bin") == replace(header, tokens=4)
     assert np.fromfile(tmp_path / "x.bin", f"<u{itemsize}", offset=1024).tolist() == ids
-    words = np.frombuffer(Header(vocab_size, 1, 2, HEADER.tokenizer, tokens=5 * 2 ** 32 + 7).pack(),
-                          "<i4")
+    words = np.frombuffer(replace(header, tokens=5 * 2 ** 32 + 7).pack(), "<i4")
     assert (words[:8].tolist() == [20240104, 1, itemsize, vocab_size, 7, 5, 1, 2]
             and not words[16:].any())
-    assert words[8:16].tobytes().hex() == HEADER.tokenizer
+    assert words[8:16].tobytes().hex() == HEADER.tokenizer_sha256
 
 
 def test_nothing_half_written_is_left(tmp_path):
     """A killed or failed writer must not leave a file that looks whole, nor one that lies about."""
     with pytest.raises(DataError, match="500"):
-        with TokenWriter(tmp_path / "x.bin", HEADER) as writer:
+        with token_writer(tmp_path / "x.bin", HEADER) as writer:
             writer.write([1, 2, 3])
             writer.write([500])                                  # one beyond the vocabulary
     assert not list(tmp_path.iterdir())
@@ -84,7 +84,7 @@ def test_damaged_files_are_refused(tmp_path):
     refused(whole + b"xx", "too long")
     refused(b"LITPKDS\0" + whole[8:], "magic")
     refused(whole[:4] + b"\2\0\0\0" + whole[8:], "version 2")
-    refused(whole[:8] + b"\4\0\0\0" + whole[12:], "4 bytes a token")
+    refused(whole[:8] + b"\4\0\0\0" + whole[12:], "4 bytes per token")
     refused(whole[:24] + b"\xff\xff\0\0" + whole[28:], "BOS 65535")
     refused(whole[:40] + b"\0\0\0\0" + whole[44:], "another tokenizer")
     path.write_bytes(whole[:1024 + 60] + b"\xff\xff" + whole[1024 + 62:])
@@ -277,7 +277,7 @@ def test_stages_of_the_paper():
     ({"tokens": 2.5}, "2.5"), ({"batch": -8}, "-8"), ({"mixture": {"a": -1}}, "-1"),
     ({"mixture": {"a": 0}}, "not all zero"), ({"mixture": {}}, "not all zero"),
     ({"mixture": {"a": "x"}}, "a number"), ({"mixture": {"a": True}}, "a number"),
-    ({"mixture": {3: 1}}, "a number"), ({"mixture": {"a": float("nan")}}, "nan"),
+    ({"mixture": {3: 1}}, "plain name"), ({"mixture": {"a": float("nan")}}, "nan"),
     ({"mixture": "a"}, "dict"), ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"),
     ({"tokens": True}, "True"), ({"mixture": {"": 1}}, "'' is no plain name"),
     ({"mixture": {"..": 1}}, "plain name"), ({"tokens": None}, "None"),

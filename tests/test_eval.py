@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ import yaml
 import eval as evaluation
 import prepare
 import train
-from config import load
+from config import load_config
 from data import Source
 from eval import SUITES, Adapter, Row, generation, likelihoods, rows_of, score_of, windows
 from files import InputError
 from model import Llama, ModelConfig
+from parallel import World
 from sample import Decoder, Tokenizer, load_model
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -564,10 +566,10 @@ def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):
     prepare.write_source(tmp_path / "own", DOCUMENTS[:60], ours, 0.5, "here")
     _, out, err = run(folder, f"--text={tmp_path / 'own'}", "--dtype=float32")
     source = Source(tmp_path / "own", "val", 256)
-    cfg = load(["--context=256", "--vocab_size=600", "--eval_tokens=1_000_000", "--micro_batch=4"],
+    cfg = load_config(["--context=256", "--vocab_size=600", "--eval_tokens=1_000_000", "--micro_batch=4"],
                train.TrainConfig)
-    model, where = Llama.from_pretrained(folder), train.World(torch.device("cpu"))
-    _, bits = train.evaluate(model, {"own": source}, cfg, where, torch.float32)
+    model, where = Llama.from_pretrained(folder), World(torch.device("cpu"))
+    _, bits = train.evaluate(model, SimpleNamespace(val={"own": source}, cfg=cfg, world=where, dtype=torch.float32))
     assert f"{bits['own']:.4f}" in out
     code, *_ = run(folder, f"--text={tmp_path / 'own'}", "--limit=1")
     assert code == 0

@@ -14,14 +14,18 @@ import sys
 import threading
 import time
 from bisect import bisect_right
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
 
+import parallel
 import train
+from checkpoint import lock_run
 from model import Llama
-from train import TrainConfig, World, choose_strategy, estimate_memory, shard_rows
+from parallel import World, choose_strategy, estimate_memory, shard_rows
+from train import TrainConfig
 
 BATCHES = """--stages=[{"tokens": 2560, "batch": 256, "mixture": {"prose": 1}},
                        {"tokens": 2560, "batch": 256, "mixture": {"prose": 1, "code": 1},
@@ -96,7 +100,7 @@ def test_two_processes_equal_one(strategy, micro, accumulated, alone, world, tmp
     read twice: each shows against one process."""
     printed = together(world, tmp_path / "out", 2, BATCHES, f"--strategy={strategy}",
                        f"--micro_batch={micro}")
-    assert f"2 processes, 2 a machine; {strategy}: as asked" in printed
+    assert f"2 processes, 2 per machine; {strategy}: as asked" in printed
     assert f"2 processes x {accumulated} x {micro} sequences of 16" in printed
     assert_same_training(tmp_path / "out", alone)
 
@@ -230,14 +234,14 @@ def test_a_folder_has_one_writer(world, tmp_path):
     out = tmp_path / "out"
     first = start(world, out, LONGER)
     wait_for_steps(out, 3, [first])
-    with pytest.raises(SystemExit, match=f"another run is writing {out}: process {first.pid} on "):
+    with pytest.raises(SystemExit, match=f"another run is writing {out}: stop it"):
         by_itself(world, out, LONGER)
     assert first.poll() is None
     killer = threading.Timer(2, first.kill)
     killer.start()
-    with train.lock_run(out):                                  # waits until the other is gone
+    here = SimpleNamespace(out_dir=out, world=World(torch.device("cpu")))
+    with lock_run(here):                                       # waits until the other is gone
         assert first.wait(10) == -signal.SIGKILL
-        assert f"process {os.getpid()} on " in (out / "lock").read_text()
     assert not (out / "lock").exists()
 
 
@@ -268,10 +272,10 @@ def test_the_strategy_follows_from_model_memory_and_world(strategy, ranks, node,
                                                           monkeypatch):
     """One that does not fit fails in its first step; one that is quietly another than was asked for
     makes every measurement of it a lie."""
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: ranks > 1)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: ranks > 1)
     where = World(torch.device("cpu"), 0, ranks, node)
     try:
-        found, why = choose_strategy(TrainConfig(strategy=strategy), where, 1_100_048_384, memory)
+        found, why = choose_strategy(strategy, where, 1_100_048_384, memory)
         assert found == expected and why
     except SystemExit as error:
         assert expected in str(error)
@@ -423,7 +427,7 @@ def counted(micro, strategy, compiled=True, dtype=torch.bfloat16, recompute=True
     with torch.device("meta"):
         model = Llama(cfg)
     gpu = torch.device("cuda")
-    shards = train.shard_count(World(gpu, 0, 8, 8), strategy)
+    shards = parallel.shard_count(World(gpu, 0, 8, 8), strategy)
     return sum(estimate_memory(model, cfg, shards, micro, dtype, gpu, compiled, recompute))
 
 
@@ -448,7 +452,7 @@ def test_memory_in_the_readme_is_what_is_counted():
     rows = re.findall(r"^\| (\d+) GB \| (.*?) \|$", text, re.M)
     assert len(rows) == 4
     for card, cells in rows:
-        room, largest = int(card) * 1e9 - train.RESERVE, []
+        room, largest = int(card) * 1e9 - parallel.RESERVE, []
         for strategy in strategies:
             for again in False, True:
                 fits = bisect_right(range(1, 400), room,
@@ -464,9 +468,9 @@ def test_blocks_keep_what_they_computed_where_there_is_room(monkeypatch):
     with torch.device("meta"):
         model = Llama(cfg)
     for memory, compiled, expected in (40e9, True, True), (80e9, True, False), (40e9, False, False):
-        monkeypatch.setattr(train, "device_memory", lambda device: memory)
-        assert train.choose_recompute(model, cfg, 1, 8, torch.bfloat16, gpu, compiled) is expected
-    assert train.choose_recompute(model, cfg, 1, 8, torch.bfloat16, torch.device("cpu"), True)
+        monkeypatch.setattr(parallel, "device_memory", lambda device: memory)
+        assert parallel.choose_recompute(model, cfg, 1, 8, torch.bfloat16, gpu, compiled) is expected
+    assert parallel.choose_recompute(model, cfg, 1, 8, torch.bfloat16, torch.device("cpu"), True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -484,8 +488,8 @@ def test_saved_activations_are_as_counted(dtype, compiled, recompute):
             model = Llama(cfg)
         world = World(torch.device("cpu"))
         torch._dynamo.reset()
-        called = train.parallelize(model, world, "none", dtype, compiled, recompute=recompute)
-        train.init_weights(model, cfg)
+        called = parallel.parallelize(model, world, "none", dtype, compiled, recompute=recompute)
+        parallel.init_weights(model, cfg.seed)
         x = torch.randint(512, (8, 256))
         found, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -522,8 +526,8 @@ def test_gradients_stay_in_ddps_buckets(world_of_one):
                       context=16)
     with torch.device("meta"):
         model = Llama(cfg)
-    called = train.parallelize(model, world_of_one, "ddp")
-    train.init_weights(model, cfg)
+    called = parallel.parallelize(model, world_of_one, "ddp")
+    parallel.init_weights(model, cfg.seed)
     optimizer, x = train.build_optimizer(model, cfg), torch.randint(64, (4, 16))
     places = [[p.grad.data_ptr() for p in model.parameters()]]
     for _ in range(4):
@@ -549,10 +553,10 @@ def test_ddp_leaves_compiled_blocks_whole(world_of_one, monkeypatch):
     torch._dynamo.reset()
     compile_it = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile_it(f, backend=backend, **how))
-    called = train.parallelize(model, world_of_one, "ddp", compiled=True)
+    called = parallel.parallelize(model, world_of_one, "ddp", compiled=True)
     called.bucket_bytes_cap = 1
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
-    train.init_weights(model, cfg)
+    parallel.init_weights(model, cfg.seed)
     called(torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
     assert len(graphs) == 2                                            # a block's and the loss'
 
@@ -564,6 +568,6 @@ def test_out_of_memory_says_what_helps(world, tmp_path, monkeypatch):
 
     monkeypatch.chdir(world)
     monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(SystemExit, match="out of memory. memory: .* a micro-batch, of .* a machine."
+    with pytest.raises(SystemExit, match="out of memory. memory: .* a micro-batch, of .* per machine."
                                          ".*--micro_batch below 2, --activation_checkpointing"):
         train.main(["config_tiny.py", f"--out_dir={tmp_path / 'out'}"])

@@ -12,6 +12,7 @@ import sys
 import time
 from bisect import bisect_left
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,25 +21,25 @@ from test_data import random_stages
 from test_prepare import AWKWARD, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
+import device
+import plan as planning
 import train
-from data import DataError, parse_stages, sequences
+from checkpoint import checkpoints, warn_numerics_changed
+from data import DataError, open_sources, parse_stages, sequences, stage_ends, tokens_after
 from files import InputError
 from model import Llama
+from parallel import World, split_batch
+from plan import choose_training_compile, fill_vocab_size
 from prepare import train_tokenizer, write_source
 from sample import Tokenizer
 from train import (
     TrainConfig,
     build_optimizer,
-    checkpoints,
-    choose_compile,
     lr_at,
     parse_mixture,
     read_batch,
     read_recipe,
-    read_sources,
-    split_batch,
-    stage_ends,
-    tokens_after,
     train_step,
 )
 
@@ -194,17 +195,17 @@ def test_choices_are_made_from_recipe_and_machine(monkeypatch):
     """Compiling a short run costs more than it brings; and what the program chose by itself must
     not end in the compiler's errors: Python's headers, or the compiler, may be missing."""
     cpu = torch.device("cpu")
-    assert not choose_compile(TrainConfig(), cpu, 1e13)[0]
-    assert choose_compile(TrainConfig(compile=False), cpu, 1e20) == (False, "as asked")
-    monkeypatch.setattr(train, "compile_error", lambda device: None)
-    assert choose_compile(TrainConfig(compile=True), cpu, 1)[0]
-    assert choose_compile(TrainConfig(), cpu, 1e20) == (True, "a long run")
-    assert choose_compile(TrainConfig(), torch.device("cuda"), 1)[0]
-    monkeypatch.setattr(train, "compile_error", lambda device: "no Python.h")
-    assert choose_compile(TrainConfig(), cpu, 1e20) == (False, "no Python.h")
-    assert choose_compile(TrainConfig(), torch.device("cuda"), 1) == (False, "no Python.h")
+    assert not choose_training_compile(TrainConfig(), cpu, 1e13)[0]
+    assert choose_training_compile(TrainConfig(compile=False), cpu, 1e20) == (False, "as asked")
+    monkeypatch.setattr(device, "compile_error", lambda device: None)
+    assert choose_training_compile(TrainConfig(compile=True), cpu, 1)[0]
+    assert choose_training_compile(TrainConfig(), cpu, 1e20) == (True, "a long run")
+    assert choose_training_compile(TrainConfig(), torch.device("cuda"), 1)[0]
+    monkeypatch.setattr(device, "compile_error", lambda device: "no Python.h")
+    assert choose_training_compile(TrainConfig(), cpu, 1e20) == (False, "no Python.h")
+    assert choose_training_compile(TrainConfig(), torch.device("cuda"), 1) == (False, "no Python.h")
     with pytest.raises(SystemExit, match="does not work here: no Python.h.*--compile=False"):
-        choose_compile(TrainConfig(compile=True), cpu, 1)
+        choose_training_compile(TrainConfig(compile=True), cpu, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +215,8 @@ def setup(world, **changes):
     cfg, stages = read_recipe([
         str(world / "config_tiny.py"), f"--data_dir={world / 'data'}",
         *(f"--{key}={value}" for key, value in changes.items())])
-    cfg, sources, _ = read_sources(cfg, ["code", "prose"])
+    sources, _ = open_sources(cfg.data_dir, ["code", "prose"], cfg.context)
+    cfg = fill_vocab_size(cfg, sources)
     torch.manual_seed(0)
     model = Llama(cfg).init_weights()
     return cfg, stages, sources, model, build_optimizer(model, cfg)
@@ -251,12 +253,13 @@ def test_evaluation_does_without_cudnn(world, monkeypatch):
     a validation loss by another kernel than training's would show it."""
     used = []
     cfg, _, _, model, _ = setup(world)
-    _, _, val = read_sources(cfg, ["code", "prose"])
+    _, val = open_sources(cfg.data_dir, ["code", "prose"], cfg.context)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *x: used.append(
         torch.backends.cuda.cudnn_sdp_enabled()) or forward(*x))
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    train.evaluate(model, val, cfg, train.World(torch.device("cpu")), torch.float32)
+    train.evaluate(model, SimpleNamespace(val=val, cfg=cfg, dtype=torch.float32,
+                                          world=World(torch.device("cpu"))))
     assert used and not any(used) and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
@@ -408,9 +411,11 @@ def test_what_rounds_otherwise_is_noted(capsys):
     """A resume on other hardware is not the same to the bit, and one from before a choice existed
     is, where the choice is what was always done."""
     here = {"dtype": "bfloat16", "compile": True, "recompute": True}
-    train.warn_numerics_changed({"run": {"dtype": "bfloat16", "compile": True}}, {"run": here})
+    run = SimpleNamespace(numerics=lambda: here)
+    warn_numerics_changed({"run": {"dtype": "bfloat16", "compile": True}}, run)
     assert capsys.readouterr().out == ""
-    train.warn_numerics_changed({"run": here}, {"run": here | {"recompute": False}})
+    run = SimpleNamespace(numerics=lambda: here | {"recompute": False})
+    warn_numerics_changed({"run": here}, run)
     assert "note: recompute was True before and is False now" in capsys.readouterr().out
 
 
@@ -422,7 +427,7 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
     assert ("learning_rate: 0.01 there, 0.02 here" in str(error.value)
             and "seed: 3407 there, 1 here" in str(error.value))
     with pytest.raises(SystemExit, match="stage 2: 20 steps of 4 sequences, prose 0.5, code 0.5, "
-                                         "by a ramp of 20 sequences there, 20 steps"):
+                                         "with a ramp over 20 sequences there, 20 steps"):
         run("--data=prose")
     shutil.rmtree(tmp_path / "out/step_00000035")
     printed = run("--log_every=3", "--micro_batch=1", "--keep=1")  # these change rounding at most
@@ -472,7 +477,7 @@ def test_a_failed_save_leaves_nothing_behind(run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(SystemExit, match="step_00000004 could not be saved: .*No space left"):
         run()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.jsonl"]
@@ -631,7 +636,7 @@ def test_the_plan_is_what_a_run_does(finished, world, monkeypatch, capsys):
     learning rates, sequences of each source, checkpoints, size."""
     monkeypatch.chdir(world)
     cfg, stages = read_recipe(["config_tiny.py", "--plan"])
-    plan, lines = train.plan(cfg, stages), records(finished)
+    plan, lines = planning.plan(cfg, stages, lr_at), records(finished)
     state = json.loads((finished / "step_00000035/training/state.json").read_text())
     assert plan["ends"] == list({r["stage"]: r["step"] for r in lines[1:]}.values())
     assert plan["tokens"] == lines[-1]["tokens"]
@@ -713,7 +718,7 @@ def stage(**changes):
     (["--micro_batch=0"], "micro_batch must be above 0"), (["--gpus=4"], "go with --plan"),
     (["--out_dir=config_tiny.py"], "out_dir config_tiny.py is a file"),
     (["--stages=[{'tokens': 640"], "is no Python: '{' was never closed"),
-    (["--dtype=float16"], "float32 or bfloat16"), (["--stages=[]"], "no stages"),
+    (["--dtype=float16"], "auto, float32, bfloat16"), (["--stages=[]"], "no stages"),
     (["--data=prose:0"], "not all zero"),
     ([stage(tokens=0)], "stage 1 has 0 tokens in batches of 64"),
     ([stage(batch=72)], "batch of 72 tokens .*sequences of 16; the next that is: 80"),
@@ -743,7 +748,7 @@ def test_sources_of_two_tokenizers_are_refused(run, world):
     """The same id would mean two pieces, and the loss would fall all the same."""
     write_source(world / "data/other", ["some other text " * 40],
                  train_tokenizer([TEXT], 310), 0, "a test")
-    with pytest.raises(SystemExit, match="other and prose were written with different tokenizers"):
+    with pytest.raises(DataError, match="other and prose were written with different tokenizers"):
         run("--data=prose,other")
 
 
