@@ -53,15 +53,15 @@ class ModelError(InputError):
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model. The defaults are TinyLlama 1.1B's."""
-    n_layer: int = 22
+    n_layer: int = 22              # blocks
     d_model: int = 2048            # width of the residual stream
     n_head: int = 32               # query heads
     n_kv_head: int = 4             # key/value heads; each serves n_head / n_kv_head query heads
     d_ff: int = 5632               # hidden width of SwiGLU
     vocab_size: int = 32_000
     context: int = 2048            # longest sequence trained on
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5         # added to the mean square in RMSNorm
+    rope_theta: float = 10_000.0   # base of the rotary frequencies
     tie_embeddings: bool = False   # one matrix for embedding and head
 
     @property

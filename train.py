@@ -77,8 +77,8 @@ class RunOptions:
 class TrainConfig(RunOptions, ModelConfig):
     """Everything a recipe may say. The model's shape is inherited, and so are the options."""
     vocab_size: int = 0                    # 0: that of the data
-    stages: list = field(default_factory=list)   # dicts of tokens, batch (in tokens),
-                                                 # mixture {source: share}, ramp (in tokens)
+    stages: list = field(default_factory=list)   # dicts: tokens, batch, mixture {source: share},
+                                                 # ramp; all but the shares in tokens
     data: str = ""                         # NAME or NAME:SHARE,... in place of every mixture
     seed: int = 3407                       # of the initial weights and the order of the data
     learning_rate: float = 4e-4            # the highest, reached after the warm-up
@@ -363,8 +363,8 @@ def format_record(record, steps):
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     """What --plan takes besides the keys of a recipe."""
-    plan: bool = False
-    gpus: int = 1
+    plan: bool = False                     # print what the run will do, instead of doing it
+    gpus: int = 1                          # that the plan is for
     tokens_per_second: float = 0.0         # of one GPU; 0: that of the paper's alone
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ import plot
 import prepare
 import sample
 from checkpoint import lineage
-from config import load_config
+from config import load_config, usage
 from data import parse_stages, sequences_per_source, stage_ends, tokens_after
 from model import Llama, ModelConfig
 from train import RunOptions, TrainConfig, lr_at, read_recipe
@@ -190,3 +190,11 @@ def test_readme_commands_parse():
             scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
                        "eval": evaluation}
             scripts[script].parse_args(arguments)
+
+
+def test_help_says_what_every_key_means():
+    """A list of names and defaults leaves a reader to guess what `keep` keeps."""
+    lines = usage(TrainConfig).splitlines()
+    assert len(lines) == len(fields(TrainConfig))
+    for line, (key, value) in zip(lines, vars(TrainConfig()).items()):
+        assert line.startswith(f"  --{key}={value!r} ") and line.split("  ")[-1].strip(), line
