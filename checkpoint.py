@@ -20,7 +20,7 @@ import subprocess
 import sys
 from bisect import bisect_left
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
@@ -270,7 +270,7 @@ def check_init(path, cfg, sources):
                 else "A model from the hub has to be downloaded first")
         sys.exit(f"init_from {path} is no folder of a model: it has no config.json. {hint}")
     try:
-        theirs = asdict(config_from_hf(read_json(path / "config.json")))
+        theirs = dict(vars(config_from_hf(read_json(path / "config.json"))))
     except InputError as error:
         sys.exit(f"init_from {path}: {error}")
     del theirs["context"]                                          # no weight depends on it
@@ -304,7 +304,7 @@ def warn_numerics_changed(state, run):
 def run_metadata(run, start):
     """The part of state.json that is the same in every checkpoint of a run: its recipe, its data,
     where its weights came from, and what decides its rounding."""
-    return {"recipe": run.cfg.recipe(), "sources": dataset_fingerprints(run.train),
+    return {"recipe": vars(run.cfg), "sources": dataset_fingerprints(run.train),
             "run": run.numerics(), "origin": start.origin, "commit": git_commit(),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
 

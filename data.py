@@ -53,6 +53,11 @@ class DataError(InputError):
     """Data or a mixture that cannot be trained on; the message says which, and what to do."""
 
 
+def require(condition, message):
+    if not condition:
+        raise DataError(message)
+
+
 # --------------------------------------------------------------------------------------------------
 # Token files: 256 little-endian int32, then the tokens as uint16, or as uint32 where the vocabulary
 # needs it
@@ -81,24 +86,20 @@ def read_header(path):
     """The Header of a token file, after every check that needs no token. Raises DataError."""
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
-    if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path} is truncated: {len(raw)} bytes, "
-                        f"and the header alone has {HEADER_BYTES}; prepare it again")
+    require(len(raw) == HEADER_BYTES, f"{path} is truncated: {len(raw)} bytes, and the header "
+            f"alone has {HEADER_BYTES}; prepare it again")
     words = np.frombuffer(raw, "<u4")
     magic, version, itemsize, vocab_size, low, high, bos_id, eos_id = map(int, words[:8])
-    if (magic, version) != (MAGIC, VERSION):
-        raise DataError(f"{path} is not a token file written by prepare.py: magic {magic} and "
-                        f"version {version} instead of {MAGIC} and {VERSION}; make it with "
-                        "prepare.py tokenize")
+    require((magic, version) == (MAGIC, VERSION), f"{path} is not a token file written by "
+            f"prepare.py: magic {magic} and version {version} instead of {MAGIC} and {VERSION}")
     header = Header(vocab_size, bos_id, eos_id, words[8:16].tobytes().hex(), low | high << 32)
-    if itemsize != header.dtype.itemsize or max(bos_id, eos_id) >= vocab_size:
-        raise DataError(f"{path}: {itemsize} bytes per token, BOS {bos_id} and EOS {eos_id} do not "
-                        f"go with a vocabulary of {vocab_size}; prepare it again")
+    require(itemsize == header.dtype.itemsize and max(bos_id, eos_id) < vocab_size,
+            f"{path}: {itemsize} bytes per token, BOS {bos_id} and EOS {eos_id} do not go with a "
+            f"vocabulary of {vocab_size}; prepare it again")
     expected, size = HEADER_BYTES + header.tokens * itemsize, os.path.getsize(path)
-    if size != expected:
-        raise DataError(f"{path} is {'truncated' if size < expected else 'too long'}: "
-                        f"{size} bytes, and its header promises {header.tokens} tokens, "
-                        f"{expected} bytes; prepare it again")
+    require(size == expected, f"{path} is {'truncated' if size < expected else 'too long'}: {size} "
+            f"bytes, and its header promises {header.tokens} tokens, {expected} bytes; prepare it "
+            "again")
     return header
 
 
@@ -120,9 +121,9 @@ class TokenWriter:
     def write(self, ids):
         """Appends a sequence of ids. Raises DataError for one outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
-            raise DataError(f"ids {ids.min()} to {ids.max()} for {self.path}, "
-                            f"whose vocabulary ends at {self.header.vocab_size - 1}")
+        low, high = ids.min(initial=0), ids.max(initial=0)
+        require(0 <= low <= high < self.header.vocab_size, f"ids {low} to {high} for {self.path}, "
+                f"whose vocabulary ends at {self.header.vocab_size - 1}")
         self.write_bytes(ids.astype(self.header.dtype).tobytes())
 
     def write_bytes(self, raw):
@@ -144,17 +145,14 @@ class Source:
     def __init__(self, folder, split, context):
         folder = Path(folder)
         self.name, self.context = folder.name, context
-        if not folder.is_dir():
-            command = ("demo" if self.name.startswith("demo-") else
-                       f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}")
-            raise DataError(f"there is no folder {folder}: make it with\n"
-                            f"  python prepare.py {command}")
-        if (folder / "units").is_dir() and not (folder / "source.json").exists():
-            raise DataError(f"{folder} is not complete: run the command that began it again, and "
-                            "it continues")
+        command = ("demo" if self.name.startswith("demo-") else
+                   f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}")
+        require(folder.is_dir(), f"there is no folder {folder}: make it with\n"
+                f"  python prepare.py {command}")
+        require((folder / "source.json").exists() or not (folder / "units").is_dir(),
+                f"{folder} is not complete: the command that began it, given again, continues")
         self.files = sorted(folder.glob(f"{split}_*.bin"))
-        if not self.files and split == "train":
-            raise DataError(f"{folder} has no train_*.bin: prepare it again")
+        require(self.files or split == "val", f"{folder} has no train_*.bin: prepare it again")
         headers = [read_header(path) for path in self.files]
         self.starts = np.cumsum([0] + [header.tokens for header in headers])
         total = int(self.starts[-1])
@@ -167,13 +165,12 @@ class Source:
     def check_tokenizer(self, folder, headers):
         expected = sha256_file(folder / "tokenizer.model")
         for path, header in zip(self.files, headers):
-            if replace(header, tokens=self.header.tokens) != self.header:
-                raise DataError(f"{path} and {self.files[0]} differ in vocabulary, BOS, EOS or "
-                                "tokenizer: prepare the source again")
-            if header.tokenizer_sha256 != expected:
-                raise DataError(f"{path} was written with another tokenizer "
-                                f"({header.tokenizer_sha256[:12]}) than the one in its folder "
-                                f"({expected[:12]}): prepare the source again")
+            require(replace(header, tokens=self.header.tokens) == self.header,
+                    f"{path} and {self.files[0]} differ in vocabulary, BOS, EOS or tokenizer: "
+                    "prepare the source again")
+            require(header.tokenizer_sha256 == expected,
+                    f"{path} was written with another tokenizer ({header.tokenizer_sha256[:12]}) "
+                    f"than the one in its folder ({expected[:12]}): prepare the source again")
 
     def window(self, i):
         """Window i: context + 1 ids in int64. Raises DataError for one outside the vocabulary."""
@@ -190,10 +187,10 @@ class Source:
                 self.files[f], self.header.dtype, count=last - first,
                 offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
         ids = np.concatenate(parts).astype(np.int64)
-        if ids.max() >= self.header.vocab_size:
-            raise DataError(f"{self.files[f]}: id {ids.max()} between tokens {start} and {stop}, "
-                            f"and the vocabulary ends at {self.header.vocab_size - 1}: "
-                            "the file is damaged, prepare it again")
+        require(ids.max() < self.header.vocab_size,
+                f"{self.files[f]}: id {ids.max()} between tokens {start} and {stop}, and the "
+                f"vocabulary ends at {self.header.vocab_size - 1}: the file is damaged, prepare it "
+                "again")
         return ids
 
 
@@ -205,27 +202,9 @@ def read_counts(folder, split, total):
     except (InputError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'source.json'} is damaged ({error!r}): "
                         "prepare the source again") from None
-    if tokens != total:
-        raise DataError(f"{folder}: source.json counts {tokens} tokens for {split}, "
-                        f"its files hold {total}: prepare the source again")
+    require(tokens == total, f"{folder}: source.json counts {tokens} tokens for {split}, its files "
+            f"hold {total}: prepare the source again")
     return info
-
-
-def open_sources(data_dir, names, context):
-    """({name: training Source}, {name: validation Source}, of those that have one), checked against
-    each other."""
-    train, val = ({name: Source(Path(data_dir) / name, split, context) for name in names}
-                  for split in ("train", "val"))
-    for name, source in train.items():
-        if not source.windows:
-            raise DataError(f"the source {name} has {source.header.tokens} tokens, less than one "
-                            f"window of context + 1 = {context + 1}: give it more text, or "
-                            "--context a smaller value")
-        ours, first = (s.header.tokenizer_sha256 for s in (source, train[names[0]]))
-        if ours != first:
-            raise DataError(f"the sources {names[0]} and {name} were written with different "
-                            f"tokenizers ({first[:12]} and {ours[:12]}): tokenize both with one")
-    return train, {name: source for name, source in val.items() if source.windows}
 
 
 def bits_per_byte(nats, size):
@@ -264,48 +243,43 @@ def parse_stages(stages, context):
     for what is not a recipe, naming stage and numbers."""
     parsed = []
     for k, stage in enumerate(stages, 1):
-        mixture = stage.get("mixture") if isinstance(stage, dict) else None
-        if not isinstance(mixture, dict) or not (
-                {"tokens", "batch", "mixture"} <= set(stage)
-                <= {"tokens", "batch", "mixture", "ramp"}):
-            raise DataError(f"stage {k} is {stage}: it must be a dict of tokens, batch, "
-                            "mixture (itself a dict, source: share) and, where wanted, ramp")
+        keys = {"tokens", "batch", "mixture"}
+        require(isinstance(stage, dict) and keys <= set(stage) <= keys | {"ramp"}
+                and isinstance(stage["mixture"], dict),
+                f"stage {k} is {stage}: it must be a dict of tokens, batch, mixture (itself a "
+                "dict, source: share) and, where wanted, ramp")
         tokens, batch, ramp = (require_int(stage.get(key, 0), f"{key} of stage {k}")
                                for key in ("tokens", "batch", "ramp"))
-        if tokens < 1 or batch < 1:
-            raise DataError(f"stage {k} has {tokens} tokens in batches of {batch}: "
-                            "both must be at least 1")
-        if batch % context:
-            raise DataError(f"stage {k}: a batch of {batch} tokens is no whole number of sequences "
-                            f"of {context}; the next that is: {-(-batch // context) * context}")
-        if not 0 <= ramp <= tokens or (ramp and k == 1):
-            raise DataError(f"stage {k} has a ramp of {ramp} tokens: it may be as long as the "
-                            f"stage, {tokens}, and the first stage has none")
-        shares = parse_shares(mixture, k)
+        require(tokens > 0 and batch > 0, f"stage {k} has {tokens} tokens in batches of {batch}: "
+                "both must be at least 1")
+        require(batch % context == 0, f"stage {k}: a batch of {batch} tokens is no whole number of "
+                f"sequences of {context}; the next that is: {-(-batch // context) * context}")
+        require(0 <= ramp <= tokens and not (ramp and k == 1), f"stage {k} has a ramp of {ramp} "
+                f"tokens: it may be as long as the stage, {tokens}, and the first stage has none")
+        shares = parse_shares(stage["mixture"], k)
         before = parsed[-1].shares if ramp else shares
         parsed.append(Stage(-(-tokens // batch), batch // context, shares, before,
                             Fraction(ramp, context)))
-    if not parsed:
-        raise DataError("the recipe has no stages: it needs at least one")
+    require(parsed, "the recipe has no stages: it needs at least one")
     return parsed
 
 
 def parse_shares(mixture, k):
     """{source: exact share}, adding up to 1, of the mixture of stage k."""
     weights = mixture.values()
-    if not all(type(w) in (int, float) and 0 <= w < inf for w in weights) or not sum(weights):
-        raise DataError(f"stage {k}: the mixture {mixture} must give each source a number, none "
-                        "negative, not all zero")
+    require(all(type(w) in (int, float) and 0 <= w < inf for w in weights) and sum(weights),
+            f"stage {k}: the mixture {mixture} must give each source a number, none negative, not "
+            "all zero")
     for name in mixture:
-        if type(name) is not str or name in ("", "..") or Path(name).name != name:
-            raise DataError(f"stage {k}: the source {name!r} is no plain name of a folder")
+        require(type(name) is str and name not in ("", "..") and Path(name).name == name,
+                f"stage {k}: the source {name!r} is no plain name of a folder")
     exact = {name: Fraction(str(w)) for name, w in mixture.items()}      # 0.7 means 7/10
     return {name: w / sum(exact.values()) for name, w in exact.items()}
 
 
 def require_int(number, what):
-    if type(number) not in (int, float) or number != number // 1:
-        raise DataError(f"{what} must be a whole number, got {number!r}")
+    require(type(number) in (int, float) and number == number // 1,
+            f"{what} must be a whole number, got {number!r}")
     return int(number)
 
 

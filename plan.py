@@ -58,10 +58,25 @@ class Run:
                 "strategy": self.strategy}
 
 
+def open_sources(data_dir, names, context):
+    """({name: training Source}, {name: validation Source}, of those that have one), checked against
+    each other."""
+    train, val = ({name: data.Source(Path(data_dir) / name, split, context) for name in names}
+                  for split in ("train", "val"))
+    for name, source in train.items():
+        data.require(source.windows, f"the source {name} has {source.header.tokens} tokens, less "
+                     f"than one window of context + 1 = {context + 1}: give it more text, or "
+                     "--context a smaller value")
+        ours, first = (s.header.tokenizer_sha256 for s in (source, train[names[0]]))
+        data.require(ours == first, f"the sources {names[0]} and {name} were written with "
+                     f"different tokenizers ({first[:12]} and {ours[:12]}): tokenize both with one")
+    return train, {name: source for name, source in val.items() if source.windows}
+
+
 def resolve(cfg, stages, world):
     """(the Run, its model on the meta device). Rank 0 decides for all, as others might find other
     hardware, and prints what it decided, and why."""
-    sources, val = data.open_sources(cfg.data_dir, data.source_names(stages), cfg.context)
+    sources, val = open_sources(cfg.data_dir, data.source_names(stages), cfg.context)
     cfg = fill_vocab_size(cfg, sources)
     with torch.device("meta"):
         model = Llama(cfg)
@@ -147,7 +162,7 @@ def plan(cfg, stages, lr_at):
     """What training will do, as a dict. `lr_at` is train.py's learning rate."""
     names, ends = data.source_names(stages), data.stage_ends(stages)
     present = [name for name in names if (Path(cfg.data_dir) / name).is_dir()]
-    sources, _ = data.open_sources(cfg.data_dir, present, cfg.context)
+    sources, _ = open_sources(cfg.data_dir, present, cfg.context)
     cfg = fill_vocab_size(cfg, sources)
     start = find_planned_start(cfg, ends, sources)
     if cfg.init_from and cfg.vocab_size and Path(cfg.init_from).exists():

@@ -25,7 +25,7 @@ from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +40,7 @@ import checkpoint
 import data
 import parallel
 from config import load_config
-from device import (
-    device_name,
-    disable_malloc_trim,
-    memory_used,
-    peak_flops,
-)
+from device import device_name, disable_malloc_trim, memory_used, peak_flops
 from files import InputError, atomic_write
 from model import WITHOUT_CUDNN, ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, grad_sync, is_sharded
@@ -71,6 +66,9 @@ class RunOptions:
     save_every: int = 1000                 # steps; at the end of a stage always
     keep: int = 3                          # newest checkpoints (stage ends always stay); 0: all
     keep_every: int = 0                    # also keep every so many steps; 0: no others
+    plan: bool = False                     # print what the run will do, instead of doing it
+    gpus: int = 1                          # that the plan is for
+    tokens_per_second: float = 0.0         # of one GPU, for the plan; 0: that of the paper's alone
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,15 @@ class TrainConfig(RunOptions, ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         for key in ("micro_batch", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "learning_rate", "grad_clip"):
+                    "learning_rate", "grad_clip", "gpus"):
             if not 0 < getattr(self, key) < math.inf:
                 sys.exit(f"{key} must be above 0, got {getattr(self, key)}")
-        for key, limit in (("min_lr", self.learning_rate), ("beta1", 1), ("beta2", 1),
-                           ("weight_decay", math.inf), ("warmup_steps", math.inf),
-                           ("keep", math.inf), ("keep_every", math.inf), ("seed", 2 ** 63)):
-            if not 0 <= getattr(self, key) < limit:
-                sys.exit(f"{key} must be at least 0 and below {limit}, got {getattr(self, key)}")
+        limits = {"min_lr": self.learning_rate, "beta1": 1, "beta2": 1, "seed": 2 ** 63}
+        for key in (*limits, "weight_decay", "warmup_steps", "keep", "keep_every",
+                    "tokens_per_second"):
+            if not 0 <= getattr(self, key) < limits.get(key, math.inf):
+                sys.exit(f"{key} must be at least 0 and below {limits.get(key, math.inf)}, "
+                         f"got {getattr(self, key)}")
         for key, allowed in (("dtype", ("auto", "float32", "bfloat16")),
                              ("strategy", ("auto", "ddp", "fsdp", "hsdp"))):
             if getattr(self, key) not in allowed:
@@ -107,14 +106,12 @@ class TrainConfig(RunOptions, ModelConfig):
         if self.fork_from and self.init_from:
             sys.exit(f"a run has one origin: fork_from {self.fork_from} or init_from "
                      f"{self.init_from}; --fork_from= takes back the recipe's")
-
-    def recipe(self):
-        """{key: value} of every key, for state.json."""
-        return {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        if not self.plan and (self.gpus != 1 or self.tokens_per_second):
+            sys.exit("gpus and tokens_per_second go with --plan")
 
     def learned(self):
         """{key: value} of the keys that what is learned depends on."""
-        return {k: v for k, v in self.recipe().items() if k not in RunOptions.__annotations__}
+        return {k: v for k, v in vars(self).items() if k not in RunOptions.__annotations__}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,26 +357,9 @@ def format_record(record, steps):
 # --------------------------------------------------------------------------------------------------
 # From a command line to the loop
 
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """What --plan takes besides the keys of a recipe."""
-    plan: bool = False                     # print what the run will do, instead of doing it
-    gpus: int = 1                          # that the plan is for
-    tokens_per_second: float = 0.0         # of one GPU; 0: that of the paper's alone
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gpus < 1:
-            sys.exit(f"gpus must be at least 1, got {self.gpus}")
-        if not 0 <= self.tokens_per_second < math.inf:
-            sys.exit(f"tokens_per_second must be at least 0, got {self.tokens_per_second}")
-        if not self.plan and (self.gpus != 1 or self.tokens_per_second):
-            sys.exit("gpus and tokens_per_second go with --plan")
-
-
 def read_recipe(argv):
-    """(PlanConfig, stages) of a command line, after every check that needs no data."""
-    cfg = load_config(argv, PlanConfig)
+    """(TrainConfig, stages) of a command line, after every check that needs no data."""
+    cfg = load_config(argv, TrainConfig)
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
     if not recipes and not cfg.stages:
         sys.exit("usage: python train.py RECIPE.py [--key=value ...] [--plan], e.g. "
@@ -441,7 +421,7 @@ def main(argv):
     world = parallel.init_distributed()
     if world.rank:
         sys.stdout = open(os.devnull, "w")             # rank 0 speaks for all
-    run, model = resolve(TrainConfig(**cfg.recipe()), stages, world)
+    run, model = resolve(cfg, stages, world)
     with checkpoint.lock_run(run):
         start = broadcast_from_rank0(world, lambda: checkpoint.find_start(run))
         if start.step == run.steps:

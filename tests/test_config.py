@@ -43,8 +43,9 @@ def test_the_last_argument_wins(tmp_path):
     assert load_config([str(recipe), "--layers=7", "--rate=2e-3", "--name=a=b", "--fast"],
                 Config) == Config(7, 2e-3, "a=b", True)
     assert load_config(["--layers=7", str(recipe)], Config).layers == 6
-    assert load_config(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True", "--stages=[{'a': 1}]",
-                 "--name=12"], Config) == Config(300, 3.0, "12", False, True, [{"a": 1}])
+    assert load_config(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True",
+                        "--stages=[{'a': 1}]", "--name=12"],
+                       Config) == Config(300, 3.0, "12", False, True, [{"a": 1}])
     assert (type(load_config(["--rate=3"], Config).rate) is float
             and load_config(["--maybe=None"], Config).maybe is None)
 
@@ -136,7 +137,7 @@ def test_the_ramp_has_the_papers_shares(name, shares):
     for at, done in (0, 0), (3e9, 0.5), (6e9, 1), (300e9, 1):
         n = round(at / cfg.context)
         # two million tokens on either side of this place, but where the stage begins
-        a, b = sequences_per_source(second, max(0, n - 1000)), sequences_per_source(second, n + 1000)
+        a, b = (sequences_per_source(second, at) for at in (max(0, n - 1000), n + 1000))
         for source, percent in shares.items():
             share = percent / 100 * done + (source == "slimpajama") * (1 - done)
             given = (b[source] - a[source]) / (n + 1000 - max(0, n - 1000))

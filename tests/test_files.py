@@ -7,7 +7,7 @@ from files import InputError, atomic_write, read_json, sha256_file, write_json
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path):
-    """A full disk or Ctrl-C in the middle of a write would leave half a file under the real name."""
+    """A full disk, or Ctrl-C in the middle of a write, would leave half a file."""
     path = tmp_path / "state.json"
     write_json(path, {"step": 1})
     with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:

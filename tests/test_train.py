@@ -26,11 +26,11 @@ import device
 import plan as planning
 import train
 from checkpoint import checkpoints, warn_numerics_changed
-from data import DataError, open_sources, parse_stages, sequences, stage_ends, tokens_after
+from data import DataError, parse_stages, sequences, stage_ends, tokens_after
 from files import InputError
 from model import Llama
 from parallel import World, split_batch
-from plan import choose_training_compile, fill_vocab_size
+from plan import choose_training_compile, fill_vocab_size, open_sources
 from prepare import train_tokenizer, write_source
 from sample import Tokenizer
 from train import (
