@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_left
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -240,27 +240,16 @@ def check_fork(path, state, cfg, sources):
 
 
 def read_fork(path):
-    """state.json of a checkpoint to fork from. Exits with the names of those that there are."""
+    """state.json of a checkpoint to fork from. Exits where it is none, or damaged."""
     if not (path / "training/state.json").exists():
         run = path if checkpoints(path) else path.parent
-        ends = ", ".join(map(str, stage_end_checkpoints(run))) or "and train up to it first"
-        weights = "; the weights of a model alone: --init_from" if path.is_dir() else ""
-        sys.exit(f"fork_from {path} is no checkpoint: name the end of a stage, {ends}{weights}")
+        found = ", ".join(map(str, checkpoints(run).values())) or "train up to it first"
+        sys.exit(f"fork_from {path} is no checkpoint: name one at the end of a stage: {found}; "
+                 "for the weights of a model alone: --init_from")
     try:
         return read_state(path)
     except InputError as error:
         sys.exit(f"fork_from {error}: restore it, or train up to it again")
-
-
-def stage_end_checkpoints(out_dir):
-    """The checkpoints in out_dir that were written at the end of a stage."""
-    found = checkpoints(out_dir)
-    for path in reversed(found.values()):
-        with suppress(InputError, KeyError, TypeError):
-            recipe = read_json(path / "training/state.json")["recipe"]
-            ends = stage_ends(parse_stages(recipe["stages"], recipe["context"]))
-            return [found[end] for end in ends if end in found]
-    return []
 
 
 def check_init(path, cfg, sources):

@@ -572,10 +572,10 @@ def test_only_the_end_of_a_stage_is_a_fork(run, finished, tmp_path):
     state has no moments to go on with."""
     fork = [FORK, "--fork_from"]
     for path, words in ((finished / "step_00000032", "step 32, within a stage.*10, 30, 35"),
-                        (finished, f"is no checkpoint: name the end of a stage, {finished}/step_"
-                                   f"00000010, {finished}/step_00000030, {finished}/step_00000035"),
-                        (finished / "step_00000012", f"a stage, {finished}/step_00000010"),
-                        (tmp_path / "no", "no is no checkpoint: .* train up to it first$")):
+                        (finished, f"is no checkpoint: .* the end of a stage: {finished}/step_"
+                                   f"00000010, {finished}/step_00000030"),
+                        (finished / "step_00000012", f"a stage: {finished}/step_00000010"),
+                        (tmp_path / "no", "no is no checkpoint: .* train up to it first")):
         with pytest.raises(SystemExit, match=words):
             run(*fork[:-1], f"{fork[-1]}={path}")
     broken = shutil.copytree(finished / "step_00000010", tmp_path / "step_00000010")
@@ -683,8 +683,8 @@ def test_the_plan_has_the_papers_hours(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, words", [
     (["--gpus=3"], "batch of 4 sequences.*among 3 processes; nearest: 2 and 4"),
-    (["--gpus=0"], "gpus must be at least 1, got 0"),
-    (["--tokens_per_second=-1"], "tokens_per_second must be at least 0, got -1"),
+    (["--gpus=0"], "gpus must be above 0, got 0"),
+    (["--tokens_per_second=-1"], "tokens_per_second must be at least 0 and below inf, got -1"),
     (["--fork_from=out/x/step_00000011"], "step_00000011 is not at the end of a stage.*00000010"),
     (["--vocab_size=9"], "vocab_size 9 is below that of the data, 320"),
     (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1")])
@@ -717,7 +717,7 @@ def stage(**changes):
     (["--warmup_steps=40"], "warmup_steps 40"), (["--learning_rte=1"], "nearest: learning_rate"),
     (["--micro_batch=0"], "micro_batch must be above 0"), (["--gpus=4"], "go with --plan"),
     (["--out_dir=config_tiny.py"], "out_dir config_tiny.py is a file"),
-    (["--stages=[{'tokens': 640"], "is no Python: '{' was never closed"),
+    (["--stages=[{'tokens': 640"], "is not valid Python: '{' was never closed"),
     (["--dtype=float16"], "auto, float32, bfloat16"), (["--stages=[]"], "no stages"),
     (["--data=prose:0"], "not all zero"),
     ([stage(tokens=0)], "stage 1 has 0 tokens in batches of 64"),
