@@ -1,9 +1,8 @@
 """The 120M model of TinyLlama's repository (lit_gpt/config.py at bf12224, tiny_LLaMA_120M) on 20
-tokens a parameter, as many as pay for its compute (Chinchilla, arXiv 2203.15556).
+tokens per parameter, which are best for its compute (Chinchilla, arXiv 2203.15556).
 
-    python prepare.py tokenize ... --fraction=0.0026 --out=data/slimpajama     2.4B tokens in all, as
-    python prepare.py tokenize ... --fraction=0.0026 --out=data/starcoder      the README says
-    python train.py config_120m.py
+    bash runs/120m.sh                                     corpora (2.4B tokens), training, evaluation
+    torchrun --nproc-per-node=N train.py config_120m.py   training alone
 
 121,129,728 parameters, one key/value head. 2.3e18 FLOPs: by arithmetic ten hours on an RTX 4090 at
 40 % of its 165 TFLOP/s. The authors trained no such model, so there is no result of theirs; only
