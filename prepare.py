@@ -1,25 +1,25 @@
-"""Text to tokens: train a tokenizer, write token files, look at them; or all of it at once from the
-text that every Python brings along.
+"""Text to tokens: train a tokenizer, write token files, look at them; or all of it from the text
+that every Python brings along.
 
     python prepare.py demo    data/demo-prose and data/demo-code, no download
     python prepare.py tokenizer FILES... --vocab_size=4096 --out=FILE       a tokenizer of your own
     python prepare.py tokenize FILES... --tokenizer=FILE --out=data/NAME    a source to train on
     python prepare.py inspect data/NAME                                     what is in it
 
-A document becomes <s> tokens </s>, and documents follow one another without padding: a model that
-meets the frame in training begins at <s> when it generates and knows where a text ends. Which
-documents are kept for validation follows from a hash of their text, so the same text never stands
-on both sides, whatever is added or reordered.
+Text files hold documents, documents become ids, ids are written to token files, and source.json
+counts them. A document is framed, <s> ids </s>, and the next one follows without padding: a model
+that meets the frame in training begins at <s> when it generates and knows where a text ends.
+Whether a document is for validation follows from a hash of its text, so the same text is never in
+both splits, whatever is added or reordered.
 
-A corpus may be a terabyte in ten thousand files. It is worked on in units, runs of whole files that
-follow from the list of files alone, and a unit becomes one train_%05d.bin and one val_%05d.bin. So
-any number of workers, on any number of machines, stopped and started as often as one likes, write
-the same bytes.
+A corpus may be a terabyte in ten thousand files. It is divided into shards, runs of whole files. A
+shard becomes one train_%05d.bin and one val_%05d.bin, whose bytes follow from its files alone. So
+any number of workers on any number of machines, stopped and started as often as one likes, write
+the same bytes, and a shard that is written twice does no harm.
 """
 import argparse
 import ast
 import contextlib
-import fcntl
 import gzip
 import importlib
 import inspect
@@ -27,16 +27,18 @@ import io
 import json
 import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
-import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b, sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,22 +50,25 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
+from files import InputError, atomic_write, read_json, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# Text files
 
-KINDS = ".txt (a document a file), .jsonl, .json (a document a line), .parquet (a document a row)"
+FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
+           "per row), each but .parquet also as .gz or .zst")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")       # beside many data sets: no text
 
 
-class Unreadable(Exception):
+class Unreadable(InputError):
     """A file that cannot be read to its end, so that what was read of it does not count."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of any filesystem that fsspec knows; `name` is what people call it."""
+    """A file of any filesystem that fsspec knows; `name` is what messages call it."""
     fs: fsspec.AbstractFileSystem
     path: str
     name: str
@@ -75,77 +80,120 @@ class File:
         if packed not in (".gz", ".zst"):
             name, packed = self.name.lower(), ""
         kind = os.path.splitext(name)[1]
-        known = (".txt", ".jsonl", ".json", *[".parquet"] * (not packed))
-        return (kind, packed) if kind in known else None
+        known = [".txt", ".jsonl", ".json"] if packed else [".txt", ".jsonl", ".json", ".parquet"]
+        if kind in known and os.path.basename(name) not in DESCRIPTIONS:
+            return kind, packed
 
 
-def list_files(given, out=None):
+def list_files(paths, out=None):
     """The Files that a list of paths, folders and patterns names, in this order, those of a folder
-    or a pattern sorted by path; none in the folder `out`. Exits where one names nothing that can be
+    or a pattern sorted by path; none in the folder `out`. Exits if one names nothing that can be
     read."""
-    files, ours = [], out and os.path.join(os.path.abspath(out), "")
-    for path in given:
+    files, out = [], out and os.path.join(os.path.abspath(out), "")
+    for path in paths:
         try:
             fs, inner = fsspec.core.url_to_fs(path)
             local = isinstance(fs, LocalFileSystem)
-            found = expand(fs, inner, local)
+            sizes = find_files(fs, inner, local)
         except (ImportError, ValueError, OSError) as error:
             sys.exit(f"{path} cannot be opened: {error}")
-        if not found:
+        if not sizes:
             sys.exit(f"there is no file {path}, or none in it")
-        name = (fs.unstrip_protocol if not local else str if os.path.isabs(path)
-                else os.path.relpath)
-        known = [file for file in (File(fs, p, name(p), size) for p, size in sorted(found.items()))
-                 if file.kind() and not (local and ours and file.path.startswith(ours))]
+        if local:
+            name = str if os.path.isabs(path) else os.path.relpath
+        else:
+            name = fs.unstrip_protocol
+        found = [File(fs, p, printable(name(p)), size) for p, size in sorted(sizes.items())
+                 if not (local and out and p.startswith(out))]
+        known = [file for file in found if file.kind()]
         if not known:
-            sys.exit(f"nothing in {path} can be read: only {KINDS}, each but .parquet also as .gz "
-                     "or .zst")
+            sys.exit(f"nothing in {path} can be read: only {FORMATS}")
+        if local:
+            refuse_placeholders(known)
         files += known
-    (_, path), times = Counter((file.fs, os.path.realpath(file.path)) for file in files
-                               ).most_common(1)[0]
-    if times > 1:
-        sys.exit(f"{path} is named {times} times: its documents would be there {times} times")
-    for package, ending in ("zstandard", ".zst"), ("pyarrow", ".parquet"):
-        needs = [file.name for file in files if ending in file.kind()]
-        if needs and not find_spec(package):
-            sys.exit(f"{needs[0]} needs {package}: pip install {package}")
+    refuse_duplicates(files)
+    for modules, ending in ((["compression.zstd", "backports.zstd"], ".zst"),
+                            (["pyarrow"], ".parquet")):
+        first = next((file.name for file in files if ending in file.kind()), None)
+        if first and not any(map(is_installed, modules)):
+            sys.exit(f"{first} needs {modules[-1]}: pip install {modules[-1]}")
     return files
 
 
-def expand(fs, path, local):
-    """{path: size} of a file, or of the files in a folder or of a pattern, at any depth; links are
-    followed, and what begins with a dot below the path is passed over."""
-    found, seen = {}, set()
+def find_files(fs, path, local):
+    """{path: size} of a file, or of the files in a folder or of a pattern, at any depth. Links are
+    followed; names that begin with a dot below the path are skipped. Raises OSError for a folder
+    that may not be read."""
     if fs.isfile(path):
         return {path: fs.info(path)["size"] or 0}
-    todo = {path: fs.info(path)} if fs.isdir(path) else fs.glob(path, detail=True)
-    fixed = len(path if fs.isdir(path) else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
+    is_folder, found, seen = fs.isdir(path), {}, set()
+    todo = {path: fs.info(path)} if is_folder else fs.glob(path, detail=True)
+    fixed = len(path if is_folder else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
     while todo:
         name, info = todo.popitem()
+        if "/." in name[fixed:]:
+            continue
         if info["type"] == "directory" or local and os.path.isdir(name):
             if (real := os.path.realpath(name)) not in seen:              # links may go in circles
                 seen.add(real)
-                todo |= fs.find(name, detail=True)
-        elif "/." not in name[fixed:] and (
-                info["type"] == "file" or local and os.path.isfile(name)):
+                # find() lists a remote folder in one request, but passes over what is closed
+                todo |= ({entry["name"]: entry for entry in fs.ls(name, detail=True)} if local
+                         else fs.find(name, detail=True))
+        elif info["type"] == "file" or local and (os.path.isfile(name) or os.path.islink(name)):
             found[name] = info["size"] or 0
     return found
+
+
+def printable(name):
+    """A file name as text; bytes of it that are not UTF-8 are written as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def is_installed(module):
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:             # not even the package that it is in
+        return False
+
+
+def refuse_placeholders(files):
+    """Exits if one of these local files stands for another that is not there."""
+    for file in files:
+        if not os.path.exists(file.path):
+            sys.exit(f"{file.name} is a link to a file that does not exist: restore that file, or "
+                     "remove the link")
+        with contextlib.suppress(OSError):
+            if file.size < 1024 and Path(file.path).read_bytes().startswith(
+                    b"version https://git-lfs.github.com/spec/"):
+                sys.exit(f"{file.name} is a Git LFS pointer, not the file: run git lfs pull")
+
+
+def refuse_duplicates(files):
+    names = {}
+    for file in files:
+        names.setdefault((file.fs, os.path.realpath(file.path)), []).append(file.name)
+    for same in names.values():
+        if len(same) > 1:
+            n, different = len(same), sorted(set(same))
+            sys.exit((f"{same[0]} is named {n} times" if len(different) == 1 else
+                      f"{' and '.join(different)} are the same file")
+                     + f": its documents would be there {n} times")
 
 
 class Input(io.RawIOBase):
     """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable."""
 
     def __init__(self, file):
-        self.described, self.seen = file, 0
-        with self.trouble():
-            self.file = file.fs.open(file.path, "rb")
+        self.file, self.bytes_read = file, 0
+        with self.wrap_read_errors():
+            self.stream = file.fs.open(file.path, "rb")
 
     @contextlib.contextmanager
-    def trouble(self):
+    def wrap_read_errors(self):
         try:
             yield
         except Exception as error:          # of whatever kind its filesystem raises
-            raise Unreadable(f"{self.described.name} cannot be read: {error}") from error
+            raise Unreadable(f"{self.file.name} cannot be read: {error}") from error
 
     def readable(self):
         return True
@@ -154,61 +202,32 @@ class Input(io.RawIOBase):
         return True
 
     def seek(self, *where):
-        with self.trouble():
-            return self.file.seek(*where)
+        with self.wrap_read_errors():
+            return self.stream.seek(*where)
 
     def tell(self):
-        return self.file.tell()
+        return self.stream.tell()
 
     def readinto(self, buffer):
-        with self.trouble():
-            read = self.file.read(len(buffer))
-        if not read and len(buffer) and self.tell() < self.described.size:
-            raise Unreadable(f"{self.described.name} ends after {self.tell():,} bytes, and it had "
-                             f"{self.described.size:,} when it was listed")
+        with self.wrap_read_errors():
+            read = self.stream.read(len(buffer))
+        if not read and len(buffer) and self.tell() < self.file.size:
+            raise Unreadable(f"{self.file.name} ends after {self.tell():,} bytes, and it had "
+                             f"{self.file.size:,} when it was listed")
         buffer[:len(read)] = read
-        self.seen += len(read)
+        self.bytes_read += len(read)
         return len(read)
 
     def close(self):
         if not self.closed:
-            self.file.close()
+            self.stream.close()
         super().close()
-
-
-class Zstd(io.RawIOBase):
-    """What the frames of a .zst file, one after the other, decompress to. Raises EOFError where the
-    last breaks off, over which zstandard's own reader goes in silence."""
-
-    def __init__(self, file):
-        from zstandard import ZstdDecompressor
-        self.frames = ZstdDecompressor(max_window_size=2 ** 31)
-        self.file, self.frame, self.packed, self.ready = file, None, b"", memoryview(b"")
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self.ready:
-            self.packed = self.packed or self.file.read(2 ** 16)
-            if not self.packed:
-                if self.frame:
-                    raise EOFError("the compressed data end in the middle")
-                return 0
-            self.frame = self.frame or self.frames.decompressobj()
-            self.ready = memoryview(self.frame.decompress(self.packed))
-            self.packed = self.frame.unused_data
-            if self.frame.eof:
-                self.frame = None
-        n = min(len(buffer), len(self.ready))
-        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
-        return n
 
 
 # --------------------------------------------------------------------------------------------------
 # Documents
 
-REPORTS = 20        # lost rows of a unit that are named, beside being counted
+NAMED_ROWS = 20     # lost rows of a shard that are named; the others are only counted
 
 
 class Skipped(NamedTuple):
@@ -219,7 +238,7 @@ class Skipped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowFilter:
     """Which rows are documents, and which of those are taken."""
     text_key: str = "text"
     exclude: tuple = ()           # of (key, value)
@@ -238,10 +257,10 @@ class Choice:
         if text is MISSING:
             return Skipped(f"no {self.text_key!r}", f"{where} has no {self.text_key!r}, but the "
                            f"keys {list(row)}: name the key with --text_key=KEY")
-        return self.taken(text, where)
+        return self.accept(text, where)
 
-    def taken(self, text, where):
-        """The text, if it is one and is to be taken, else a Skipped."""
+    def accept(self, text, where):
+        """The text, if it is one and in the fraction, else a Skipped."""
         if not isinstance(text, str):
             return Skipped("not text", f"{where} is no text but {text!r:.80}")
         if not text:
@@ -250,7 +269,7 @@ class Choice:
             raw = text.encode()
         except UnicodeEncodeError:
             return Skipped("not text", f"{where} is no text that UTF-8 can write: {text!r:.80}")
-        if self.fraction < 1 and chance_of(raw, b"fraction") >= self.fraction:
+        if self.fraction < 1 and hash_to_unit(raw, b"fraction") >= self.fraction:
             return Skipped("not in the fraction", where, lost=False)
         return text
 
@@ -259,8 +278,8 @@ MISSING = object()
 
 
 def field(row, key):
-    """row["a"]["b"] for the key "a.b", if it has no key of that very name; MISSING if there is
-    none."""
+    """row["a"]["b"] for the key "a.b", unless the row has a key of that very name; MISSING if there
+    is none."""
     if key in row:
         return row[key]
     for part in key.split("."):
@@ -272,31 +291,41 @@ def as_text(value):
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def chance_of(raw, purpose=b""):
-    """A number from 0 to below 1 that follows from the bytes of a text alone."""
+def hash_to_unit(raw, purpose=b""):
+    """A number in [0, 1) that follows from the bytes of a text alone."""
     return int.from_bytes(blake2b(raw, digest_size=8, person=purpose).digest(), "big") / 2 ** 64
 
 
 def is_validation(raw, fraction):
-    return chance_of(raw) < fraction
+    return hash_to_unit(raw) < fraction
 
 
-def documents(file, opened, choice):
+def documents(file, opened, row_filter):
     """The texts of a File that is opened as an Input, and a Skipped for each row that has none, or
     where the file breaks off. Raises Unreadable."""
     kind, packed = file.kind()
     stream = io.BufferedReader(opened, 2 ** 20)
-    if packed == ".gz":
-        stream = gzip.GzipFile(fileobj=stream)
-    elif packed == ".zst":
-        stream = io.BufferedReader(Zstd(stream), 2 ** 20)
     rows = {".txt": text_file, ".parquet": parquet_rows}.get(kind, json_lines)
     try:
-        yield from rows(stream, file.name, choice)
+        if packed and not stream.peek(1):
+            raise EOFError("it is empty, and no compressed file is")
+        if packed == ".gz":
+            stream = gzip.GzipFile(fileobj=stream)
+        elif packed == ".zst":
+            stream = open_zstd(stream)
+        yield from rows(stream, file.name, row_filter)
     except Unreadable:
         raise
     except Exception as error:        # what a decoder raises is up to the decoder
         yield Skipped("breaks off", f"{file.name} breaks off, and what comes is lost: {error}")
+
+
+def open_zstd(stream):
+    try:
+        from compression import zstd                # Python 3.14
+    except ImportError:
+        from backports import zstd
+    return zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
 BOM = b"\xef\xbb\xbf"        # some editors mark UTF-8 by it, at the beginning of a file
@@ -310,48 +339,61 @@ def decode(raw, where):
                        f"0x{raw[error.start]:02x}; convert it, e.g. with iconv -t utf-8")
 
 
-def text_file(stream, name, choice):
+def text_file(stream, name, row_filter):
     text = decode(stream.read().removeprefix(BOM), name)
-    yield text if isinstance(text, Skipped) else choice.taken(text, name)
+    yield text if isinstance(text, Skipped) else row_filter.accept(text, name)
 
 
-def json_lines(stream, name, choice):
+def json_lines(stream, name, row_filter):
     for number, line in enumerate(stream, 1):
         if line.strip():
             where = f"{name}:{number}"
             line = decode(line.removeprefix(BOM) if number == 1 else line, where)
             if not isinstance(line, Skipped):
                 try:
-                    line = choice.text(json.loads(line), where)
+                    line = row_filter.text(json.loads(line), where)
                 except (ValueError, RecursionError) as error:
                     line = Skipped("not JSON", f"{where} is not JSON: {error}")
             yield line
 
 
-def parquet_rows(stream, name, choice):
+def parquet_rows(stream, name, row_filter):
     from pyarrow.parquet import ParquetFile
     table = ParquetFile(stream, buffer_size=2 ** 20)
     have = table.schema_arrow.names
-    keys = [choice.text_key, *(key for key, _ in choice.exclude)]
+    keys = [row_filter.text_key, *(key for key, _ in row_filter.exclude)]
     columns = {key if key in have else key.split(".")[0] for key in keys} & set(have)
     number = 0
     for batch in table.iter_batches(16, columns=sorted(columns), use_threads=False):
-        for row in batch.to_pylist() if columns else [dict.fromkeys(have)] * len(batch):
+        try:
+            rows = batch.to_pylist() if columns else [dict.fromkeys(have)] * len(batch)
+        except UnicodeDecodeError:          # some of the rows: convert them one by one
+            rows = [parquet_row(batch.slice(k, 1)) for k in range(len(batch))]
+        for row in rows:
             number += 1
-            yield choice.text(row, f"{name}: row {number}")
+            where = f"{name}: row {number}"
+            yield (Skipped("not UTF-8", f"{where} is not UTF-8") if row is None
+                   else row_filter.text(row, where))
 
 
-class Strict(Exception):
+def parquet_row(batch):
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
+
+
+class Strict(InputError):
     """A row that gives no document, where --strict forbids that."""
 
 
-class Tally:
-    """Counts rows that give no document; tells of the first that should have, and of every file
-    that breaks off."""
+class SkipCounter:
+    """Counts rows that give no document. `messages` names the first that should have, and every
+    file that breaks off."""
 
-    def __init__(self, strict, tell):
-        self.strict, self.tell = strict, tell
-        self.reasons, self.lost, self.broken = Counter(), 0, []
+    def __init__(self, strict):
+        self.strict = strict
+        self.reasons, self.lost, self.broken, self.messages = Counter(), 0, [], []
 
     def skip(self, row):
         self.reasons[row.reason] += 1
@@ -362,40 +404,94 @@ class Tally:
         self.lost += 1
         if row.reason == "breaks off":
             self.broken.append(row.message)
-        if self.lost <= REPORTS or row.reason == "breaks off":
-            self.tell(row.message)
-        elif self.lost == REPORTS + 1:
-            self.tell("more rows like these are counted, and not named")
+        if self.lost <= NAMED_ROWS or row.reason == "breaks off":
+            self.messages.append(row.message)
+        elif self.lost == NAMED_ROWS + 1:
+            self.messages.append("more rows like these are counted, and not named")
 
 
-def all_texts(files, choice, strict=False):
-    """The documents of several Files as a list, and how many rows were lost. Exits where there is
-    none."""
-    texts = []
+def read_texts(files, row_filter, skips, report):
+    """Yields the texts of Files, counts the other rows in `skips`, and calls report(n) for each n
+    bytes of files read, every megabyte or so."""
+    for file in files:
+        reported = 0
+        with Input(file) as opened:
+            for text in documents(file, opened, row_filter):
+                if isinstance(text, str):
+                    yield text
+                else:
+                    skips.skip(text)
+                read = min(opened.bytes_read, file.size)
+                if read > reported + 10 ** 6:
+                    report(read - reported)
+                    reported = read
+        report(file.size - reported)
+
+
+def all_texts(files, row_filter, strict=False):
+    """The documents of Files as a list, and how many rows were lost. Exits if there is none."""
+    skips = SkipCounter(strict)
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading",
               disable=None) as bar:
-        tally = Tally(strict, lambda message: bar.write(message, sys.stderr))
-        for file in files:
-            with Input(file) as opened:
-                for text in documents(file, opened, choice):
-                    if isinstance(text, str):
-                        texts.append(text)
-                    else:
-                        tally.skip(text)
-            bar.update(file.size)
+        texts = list(read_texts(files, row_filter, skips, bar.update))
+    for message in skips.messages:
+        print(message, file=sys.stderr)
     if not texts:
         sys.exit("there is no text in these files")
-    return texts, tally.lost
+    return texts, skips.lost
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources
+# Token files and source.json
 
 SPLITS = ("train", "val")
 
 
+def write_texts(folder, i, texts, encoder, val_fraction):
+    """Writes train_%05d.bin and val_%05d.bin, both or none; returns what is in them, {split:
+    {"documents", "tokens", "bytes"}}."""
+    sp, size = encoder.sp, encoder.dtype.itemsize
+    header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer_sha256)
+    bos, eos = (id.to_bytes(size, "little") for id in (sp.bos_id(), sp.eos_id()))
+    info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
+                   for split in SPLITS}
+        for text, ids in encoder.encode(texts):
+            raw = text.encode()
+            split = "val" if is_validation(raw, val_fraction) else "train"
+            writers[split].write_bytes(bos + ids + eos)
+            counts = info[split]
+            counts["documents"] += 1
+            counts["tokens"] += len(ids) // size + 2
+            counts["bytes"] += len(raw)
+    return info
+
+
+def write_metadata(folder, model, info, val_fraction, more):
+    """Writes the tokenizer and source.json beside the token files, which makes them a source. Exits
+    if there is nothing to train on."""
+    if not info["train"]["documents"]:
+        n = info["val"]["documents"]
+        sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
+                 f"below {val_fraction}" if n else "there is no text in these files")
+    write_tokenizer(folder, model)
+    vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    write_json(folder / "source.json", info | {
+        "vocab_size": vocab_size, "tokenizer": sha256(model).hexdigest()} | more)
+
+
+def write_source(out, texts, model, val_fraction, origin):
+    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, whole or
+    not at all."""
+    with atomic_folder(Path(out)) as folder:
+        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
+        write_metadata(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
+    print_counts(out, info)
+
+
 @contextlib.contextmanager
-def new_folder(out):
+def atomic_folder(out):
     """A temporary folder that becomes `out`, in place of what was there, when `with` ends without
     an error."""
     temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
@@ -412,162 +508,100 @@ def new_folder(out):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_texts(folder, i, texts, encoder, val_fraction):
-    """Writes train_%05d.bin and val_%05d.bin, both or none; what is in them, {split: counts}."""
-    sp, size = encoder.sp, encoder.dtype.itemsize
-    header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer)
-    bos, eos = encoder.pack([sp.bos_id()]), encoder.pack([sp.eos_id()])
-    info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    with contextlib.ExitStack() as stack:
-        writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
-                   for split in SPLITS}
-        for text, ids in encoder.encode(texts):
-            raw = text.encode()
-            split = "val" if is_validation(raw, val_fraction) else "train"
-            writers[split].write_bytes(bos + ids + eos)
-            counts = info[split]
-            counts["documents"] += 1
-            counts["tokens"] += len(ids) // size + 2
-            counts["bytes"] += len(raw)
-    return info
-
-
-def write_source(out, texts, model, val_fraction, origin):
-    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, whole or
-    not at all."""
-    with new_folder(Path(out)) as folder:
-        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
-        complete(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
-    describe(out, info)
-
-
-def complete(folder, model, info, val_fraction, more):
-    """Puts the tokenizer and source.json beside the tokens, which makes them a source."""
-    if not info["train"]["documents"]:
-        n = info["val"]["documents"]
-        sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
-                 f"below {val_fraction}" if n else "there is no text in these files")
-    write_tokenizer(folder, model)
-    vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
-    write_json(folder / "source.json", info | {
-        "vocab_size": vocab_size, "tokenizer": sha256(model).hexdigest()} | more)
-
-
-def write_json(path, value):
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def describe(out, info):
+def print_counts(out, info):
     print(f"{out}:")
     for split in SPLITS:
-        part = info[split]
-        print(f"  {split:5} {part['documents']:>9,} documents {part['tokens']:>13,} tokens "
-              f"{part['bytes']:>14,} bytes"
-              + (f"  {part['bytes'] / part['tokens']:.2f} bytes per token" if part["tokens"]
-                 else ""))
+        documents, tokens, size = (info[split][key] for key in ("documents", "tokens", "bytes"))
+        ratio = f"  {size / tokens:.2f} bytes per token" if tokens else ""
+        print(f"  {split:5} {documents:>9,} documents {tokens:>13,} tokens {size:>14,} bytes{ratio}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Corpora: units of work, and who does them
+# A corpus and its shards
+#
+# While a source is being written, its folder holds units/ with plan.json (what is being written) and
+# a record NNNNN.json for each shard that is done. source.json takes their place when all are.
 
-UNIT = 10 ** 9      # bytes of files that become one train_%05d.bin and one val_%05d.bin
-
-
-class Busy(Exception):
-    """A unit that another process is writing."""
+SHARD_BYTES = 10 ** 9      # of files, which become one train_%05d.bin and one val_%05d.bin
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All that decides what `tokenize` writes: the same corpus gives the same bytes, whoever writes
-    which unit when."""
+    """All that decides what `tokenize` writes: the same corpus gives the same bytes."""
     out: Path
-    given: tuple
+    paths: tuple                # as they were given
     files: tuple
     tokenizer: str
     model: bytes
-    choice: Choice
+    row_filter: RowFilter
     val_fraction: float
-    unit: int
+    shard_bytes: int
 
-    def units(self):
-        """Runs of whole files, of `unit` bytes at most, or of one file."""
-        units, size = [], 0
+    def shards(self):
+        """Lists of consecutive files, of `shard_bytes` at most, or of one file."""
+        shards, size = [], 0
         for file in self.files:
-            if not units or size + file.size > self.unit:
-                units.append([])
+            if not shards or size + file.size > self.shard_bytes:
+                shards.append([])
                 size = 0
-            units[-1].append(file)
+            shards[-1].append(file)
             size += file.size
-        return units
+        return shards
 
     def plan(self):
         """What must not change between the start of the work and its end, as JSON has it."""
         listing = "".join(f"{file.name}\t{file.size}\n" for file in self.files)
         return {"files": len(self.files), "bytes": sum(file.size for file in self.files),
-                "listing": sha256(listing.encode()).hexdigest(), "unit": self.unit,
+                "listing": sha256(listing.encode()).hexdigest(), "unit": self.shard_bytes,
                 "tokenizer": sha256(self.model).hexdigest(),
-                "text_key": self.choice.text_key,
-                "exclude": [f"{key}={value}" for key, value in self.choice.exclude],
-                "fraction": self.choice.fraction, "val_fraction": self.val_fraction}
+                "text_key": self.row_filter.text_key,
+                "exclude": [f"{key}={value}" for key, value in self.row_filter.exclude],
+                "fraction": self.row_filter.fraction, "val_fraction": self.val_fraction}
 
     def command(self):
         """The command line, without what does not matter to the outcome."""
-        return ["prepare.py", "tokenize", *self.given,
+        return ["prepare.py", "tokenize", *self.paths,
                 f"--tokenizer={self.tokenizer}", f"--out={self.out}",
-                f"--text_key={self.choice.text_key}", f"--fraction={self.choice.fraction}",
-                *[f"--exclude={key}={value}" for key, value in self.choice.exclude],
+                f"--text_key={self.row_filter.text_key}", f"--fraction={self.row_filter.fraction}",
+                *[f"--exclude={key}={value}" for key, value in self.row_filter.exclude],
                 f"--val_fraction={self.val_fraction}"]
 
     def record(self, i):
-        """The file that says that unit i is done, and what is in it."""
+        """The file that says that shard i is done, and what is in it."""
         return self.out / "units" / f"{i:05}.json"
+
+    def done(self):
+        return [i for i in range(len(self.shards())) if self.record(i).exists()]
 
 
 def begin(corpus):
     """Makes the folder, or finds in it the beginning of the same work; True if that is complete.
-    Exits where it holds anything else."""
+    Exits if it holds anything else."""
     out, plan, units = corpus.out, corpus.plan(), corpus.out / "units"
     if out.exists() and not out.is_dir():
         sys.exit(f"{out} is a file: choose another --out")
-    if not (out / "source.json").exists():
-        others = any(path != units for path in out.rglob("*"))
-        if others and not (units / "plan.json").exists():     # asked last: another may just begin
-            sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
-                     "choose another --out")
-        units.mkdir(parents=True, exist_ok=True)
-        with open(units / "plan.json", "a+") as file:           # others may begin at the same time
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text, old = file.read(), {}
-            with contextlib.suppress(ValueError):               # nothing, or torn: as good as new
-                old = json.loads(text)
-            if any(units.glob("[0-9]*.json")):
-                compare(out, old, plan)
-            if old != plan:
+    if (out / "source.json").exists():
+        compare_plans(out, read_json(out / "source.json").get("plan"), plan)
+        remove_leftovers(out)
+        return True
+    # plan.json is asked for last, and temporary files do not count: another part may just begin
+    others = any(path != units and path.suffix != ".tmp" for path in out.rglob("*"))
+    if others and not (units / "plan.json").exists():
+        sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
+                 "choose another --out")
+    units.mkdir(parents=True, exist_ok=True)
+    if any(units.glob("[0-9]*.json")):
+        compare_plans(out, read_json(units / "plan.json"), plan)
+    else:                                       # nothing is done yet: any plan may take its place
+        with contextlib.suppress(InputError):
+            if read_json(units / "plan.json") != plan:
                 remove_tokens(out)
-                file.truncate(0)
-                file.write(json.dumps(plan))
-            return False
-    compare(out, read_json(out / "source.json").get("plan"), plan)
-    shutil.rmtree(units, ignore_errors=True)
-    return True
+        write_json(units / "plan.json", plan)
+    return False
 
 
-def remove_tokens(out):
-    """What units wrote, or left half-written, when it is not to be used."""
-    for path in out.glob("*.bin*"):
-        if re.fullmatch(r"(train|val)_\d{5,}\.bin(\.tmp)?", path.name):
-            path.unlink()
-
-
-def compare(out, old, new):
+def compare_plans(out, old, new):
+    """Exits unless the two plans are the same, and says what differs."""
     if old is None:
         sys.exit(f"{out} exists already: remove it first, or choose another --out")
     differs = [f"{key} was {old.get(key)} and is {new[key]}" for key in new
@@ -581,215 +615,171 @@ def compare(out, old, new):
                  "command that began it, remove the folder, or choose another --out")
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        sys.exit(f"{path} is damaged ({error}): remove the folder, and begin again")
+def remove_tokens(out):
+    """Removes the token files of shards, when they are not to be used."""
+    for path in out.glob("*.bin"):
+        if re.fullmatch(r"(train|val)_\d{5,}\.bin", path.name):
+            path.unlink()
 
 
-@contextlib.contextmanager
-def owned(record):
-    """Keeps others away from a unit, by a lock that ends with this process however it ends; gives
-    whether there is something to do. Raises Busy."""
-    with open(record.with_suffix(".lock"), "a") as file:
-        for attempt in range(25):                       # a predecessor may be dying: five seconds
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.2)
-        else:
-            raise Busy(f"another process is writing unit {int(record.stem)}")
-        yield not record.exists()
+def remove_leftovers(out):
+    """Removes what is only there while the work goes on, and what killed processes left."""
+    for path in out.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / "units", ignore_errors=True)
 
 
-def write_unit(corpus, i, files, encoder, strict, tell):
-    """Tokenizes unit i, unless it is done. Calls tell(n) for n bytes of files that were read, and
-    tell(message) for what is wrong with them. Raises Unreadable, Busy and Strict, and OSError for
-    what cannot be written: then the unit is not done."""
-    told, tally = 0, Tally(strict, tell)
+class ShardWriter:
+    """Writes shards of a corpus; `scratch` is a folder for files that are not whole yet, and
+    report(n) is called for each n bytes of files read."""
 
-    def progress(read):
-        nonlocal told
-        tell(read - told)
-        told = read
+    def __init__(self, corpus, scratch, strict, report):
+        self.corpus, self.scratch, self.strict, self.report = corpus, scratch, strict, report
+        self.shards, self.encoder = corpus.shards(), Encoder(corpus.model)
 
-    def texts():
-        before = 0
-        for file in files:
-            with Input(file) as opened:
-                for text in documents(file, opened, corpus.choice):
-                    if isinstance(text, str):
-                        yield text
-                    else:
-                        tally.skip(text)
-                    read = before + min(opened.seen, file.size)
-                    if read > told + 10 ** 6:
-                        progress(read)
-            before += file.size
-            progress(before)
-
-    with owned(corpus.record(i)) as needed:
-        if needed:
-            try:
-                info = write_texts(corpus.out, i, texts(), encoder, corpus.val_fraction)
-            except BaseException:
-                progress(0)
-                raise
-            write_json(corpus.record(i), info | {
-                "skipped": dict(tally.reasons), "lost": tally.lost, "broken": tally.broken})
+    def write(self, i):
+        """Writes the token files of shard i, then its record; returns messages about lost rows.
+        Raises Unreadable, Strict or OSError, and then the shard is not done."""
+        corpus, skips = self.corpus, SkipCounter(self.strict)
+        texts = read_texts(self.shards[i], corpus.row_filter, skips, self.report)
+        info = write_texts(Path(self.scratch), i, texts, self.encoder, corpus.val_fraction)
+        for split in SPLITS:
+            name = f"{split}_{i:05}.bin"
+            os.replace(Path(self.scratch, name), corpus.out / name)
+        write_json(corpus.record(i), info | {
+            "skipped": dict(skips.reasons), "lost": skips.lost, "broken": skips.broken})
+        return skips.messages
 
 
-def work(corpus, indices, strict, tell):
-    """Does units one after the other; tells what kept one from being done, too."""
-    encoder, units = Encoder(corpus.model), corpus.units()
-    for i in indices:
-        try:
-            write_unit(corpus, i, units[i], encoder, strict, tell)
-        except (Unreadable, Busy, Strict, OSError, MemoryError) as error:
-            tell(error)
+class Stopped(Exception):
+    """Ends a worker's shard, because the first process stops."""
 
 
-def worker(corpus, todo, place, strict, events):
-    """The life of a process that takes units of `todo` as long as there are any."""
-    stop = threading.Event()            # heeded where `with` cleans up, not in the midst of that
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # the first process will tell
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def start_worker(corpus, scratch, strict, bytes_read, stop):
+    """Makes this process ready for work on shards. `bytes_read` and `stop` are numbers in shared
+    memory without a lock, which a killed worker could leave locked; the progress bar can do without
+    an addition that gets lost."""
+    def report(n):
+        bytes_read.value += n
+        if stop.value:
+            raise Stopped
 
-    def tell(event):
-        events.put(event)
-        if stop.is_set():
-            sys.exit(1)
-
-    def indices():
-        while True:
-            with place.get_lock():
-                k, place.value = place.value, place.value + 1
-            if k >= len(todo):
-                return
-            yield todo[k]
-
-    work(corpus, indices(), strict, tell)
-    events.put(None)
+    global shard_writer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C: the first process sets `stop`
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    shard_writer = ShardWriter(corpus, scratch, strict, report)
 
 
-def end_with_parent():
+def exit_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def run_units(corpus, todo, workers, strict):
-    """Does the units `todo` with so many processes; the messages of those that could not be
-    done."""
-    units, failed = corpus.units(), []
-    with tqdm(total=sum(file.size for i in todo for file in units[i]), unit="B", unit_scale=True,
-              desc=corpus.out.name, disable=None) as bar:
-        def tell(event):
-            if isinstance(event, int):
-                bar.update(event)
-            elif isinstance(event, (Unreadable, Busy)):
-                failed.append(str(event))
-            elif isinstance(event, str):
-                bar.write(event, sys.stderr)
-            else:
-                raise event
+def write_shard(i):
+    return shard_writer.write(i)
 
-        if min(workers, len(todo)) <= 1:
-            work(corpus, todo, strict, tell)
-            return failed
-        context = multiprocessing.get_context("spawn")
-        place, events = context.Value("q", 0), context.Queue()
-        processes = [context.Process(target=worker, args=(corpus, todo, place, strict, events))
-                     for _ in range(min(workers, len(todo)))]
+
+def run_shards(corpus, todo, workers, strict):
+    """Writes the shards `todo` with so many processes; returns a message for each that could not be
+    read."""
+    shards, unread = corpus.shards(), []
+    total = sum(file.size for i in todo for file in shards[i])
+
+    def collect(write):
         try:
-            for process in processes:
-                process.start()
-            running = len(processes)
-            while running:
-                if any(process.exitcode for process in processes):   # it may have held a lock
-                    raise ChildProcessError(
-                        0, "a worker was killed (for its memory, perhaps), or has told above why")
-                with contextlib.suppress(queue.Empty):
-                    event = events.get(timeout=0.5)
-                    if event is None:
-                        running -= 1
-                    else:
-                        tell(event)
-        finally:
-            for process in processes:
-                if process.pid:
-                    process.terminate()
-            for process in processes:
-                if process.pid:
-                    process.join(10)
-                    process.kill()
-    return failed
+            for message in write():
+                bar.write(message, sys.stderr)
+        except Unreadable as error:
+            unread.append(str(error))
+
+    with (tempfile.TemporaryDirectory(".tmp", dir=corpus.out / "units",
+                                      ignore_cleanup_errors=True) as scratch,
+          tqdm(total=total, unit="B", unit_scale=True, desc=corpus.out.name, disable=None) as bar):
+        workers = min(workers, len(todo))
+        if workers <= 1:
+            writer = ShardWriter(corpus, scratch, strict, bar.update)
+            for i in todo:
+                collect(partial(writer.write, i))
+            return unread
+        context = multiprocessing.get_context("spawn")
+        bytes_read, stop = context.RawValue("q", 0), context.RawValue("b", 0)
+        with ProcessPoolExecutor(workers, context, start_worker,
+                                 (corpus, scratch, strict, bytes_read, stop)) as pool:
+            try:
+                pending = {pool.submit(write_shard, i) for i in todo}
+                while pending:
+                    done, pending = wait(pending, 0.5, FIRST_COMPLETED)
+                    bar.update(bytes_read.value - bar.n)
+                    for future in done:
+                        collect(future.result)
+            except BaseException:
+                stop.value = 1
+                pool.shutdown(cancel_futures=True)
+                raise
+    return unread
 
 
-def finish(corpus):
-    """source.json of a corpus, once all its units are done; None before that."""
-    path, plan = corpus.out / "source.json", corpus.out / "units" / "plan.json"
-    records = [corpus.record(i) for i in range(len(corpus.units()))]
-    # where there is no plan any more another process has finished it
-    with contextlib.suppress(FileNotFoundError), open(plan, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not path.exists() and all(record.exists() for record in records):
-            gather(corpus, list(map(read_json, records)))
-    return read_json(path) if path.exists() else None
-
-
-def gather(corpus, records):
-    """Makes one source of all units. Exits where there is nothing to train on, and removes them."""
-    info = {split: {key: sum(record[split][key] for record in records)
-                    for key in ("documents", "tokens", "bytes")} for split in SPLITS}
-    skipped = sum((Counter(record["skipped"]) for record in records), Counter())
-    try:
-        complete(corpus.out, corpus.model, info, corpus.val_fraction, {
-            "from": corpus.given, "command": corpus.command(),
-            "skipped": dict(sorted(skipped.items())),
-            "lost": sum(record["lost"] for record in records),
-            "broken": [name for record in records for name in record["broken"]],
-            "plan": corpus.plan()})
-    except SystemExit:
-        remove_tokens(corpus.out)
-        shutil.rmtree(corpus.out / "units")
-        with contextlib.suppress(OSError):
-            corpus.out.rmdir()                       # unless somebody has put something in it
-        raise
-    for half in corpus.out.glob("*.bin.tmp"):
-        half.unlink()
-    shutil.rmtree(corpus.out / "units")
+def merge_shards(corpus):
+    """Writes source.json once all shards are done; returns it, or None before that. Several
+    processes may do so at the same time, as they write the same bytes."""
+    out, shards = corpus.out, corpus.shards()
+    source = out / "source.json"
+    if not source.exists() and len(corpus.done()) == len(shards):
+        try:
+            records = [read_json(corpus.record(i)) for i in range(len(shards))]
+            info = {split: {key: sum(record[split][key] for record in records)
+                            for key in ("documents", "tokens", "bytes")} for split in SPLITS}
+            skipped = sum((Counter(record["skipped"]) for record in records), Counter())
+            write_metadata(out, corpus.model, info, corpus.val_fraction, {
+                "from": corpus.paths, "command": corpus.command(),
+                "skipped": dict(sorted(skipped.items())),
+                "lost": sum(record["lost"] for record in records),
+                "broken": [name for record in records for name in record["broken"]],
+                "plan": corpus.plan()})
+            remove_leftovers(out)
+        except SystemExit:
+            remove_tokens(out)
+            remove_leftovers(out)
+            with contextlib.suppress(OSError):
+                out.rmdir()                          # unless somebody has put something in it
+            raise
+        except (InputError, OSError):
+            if not source.exists():                  # else another process has just done the same
+                raise
+    return read_json(source) if source.exists() else None
 
 
 def tokenize(corpus, part, parts, workers, strict):
-    """Does a part of the parts of a corpus, and makes a source of it once all is done. Exits where
-    anything was lost, by 3, or is left to do, by 1."""
-    units, failed = corpus.units(), []
+    """Does one of the parts of a corpus, and makes a source of it once all are done. Exits by 3 if
+    rows were lost, by 1 if files could not be read or the work was stopped."""
+    out, n, unread = corpus.out, len(corpus.shards()), []
+    mine = range(part - 1, n, parts)
     if not begin(corpus):
-        todo = [i for i in range(part - 1, len(units), parts) if not corpus.record(i).exists()]
         try:
-            failed = run_units(corpus, todo, workers, strict)
-        except (Strict, OSError, MemoryError, KeyboardInterrupt) as error:
-            why = {KeyboardInterrupt: "stopped", MemoryError: "out of memory, give fewer --workers"}
-            why = why.get(type(error), getattr(error, "strerror", None) or error)
-            done = sum(corpus.record(i).exists() for i in range(len(units)))
-            sys.exit(f"{corpus.out}: {why}; {done} of {len(units)} units are done, and the same "
-                     "command goes on from there")
-    source = finish(corpus)
+            unread = run_shards(corpus, [i for i in mine if i not in set(corpus.done())], workers,
+                                strict)
+        except (Strict, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
+            reasons = {KeyboardInterrupt: "stopped",
+                       MemoryError: "out of memory, give fewer --workers",
+                       BrokenProcessPool: "a worker was killed (for its memory, perhaps), or says "
+                                          "above why it failed"}
+            reason = reasons.get(type(error), getattr(error, "strerror", None) or error)
+            if not (out / "source.json").exists():       # else others have finished, even this part
+                sys.exit(f"{out}: {reason}; {len(corpus.done())} of {n} shards are done, and the "
+                         "same command goes on from there")
+    source = merge_shards(corpus)
     if source is None:
-        done = [i for i in range(len(units)) if corpus.record(i).exists()]
-        print(f"{corpus.out}: {len(done)} of {len(units)} units are done")
-        if failed:
-            sys.exit("\n".join([*failed, "the same command tries them again"]))
-        mine = set(done) & set(range(part - 1, len(units), parts))
-        sys.exit(3 if any(read_json(corpus.record(i))["lost"] for i in mine) else 0)
-    describe(corpus.out, source)
-    for reason, n in source["skipped"].items():
-        print(f"  rows skipped: {n:,}, {reason}")
+        done = corpus.done()
+        print(f"{out}: {len(done)} of {n} shards are done")
+        if unread:
+            sys.exit("\n".join([*unread, "the same command tries them again"]))
+        sys.exit(3 if any(read_json(corpus.record(i))["lost"] for i in done if i in mine) else 0)
+    print_counts(out, source)
+    for reason, count in source["skipped"].items():
+        print(f"  rows skipped: {count:,}, {reason}")
     for message in source["broken"]:
         print(f"  {message}")
-    for key, value in corpus.choice.exclude:
+    for key, value in corpus.row_filter.exclude:
         if not any(f"{key}={value}" in reason.split(" and ") for reason in source["skipped"]):
             print(f"  no row was excluded by {key}={value}")
     if source["lost"]:
@@ -798,13 +788,14 @@ def tokenize(corpus, part, parts, workers, strict):
 
 def inspect_source(folder):
     """Prints what is in a source: its counts, and its first and last tokens decoded."""
-    train, val = (Source(folder, split, context=1) for split in ("train", "val"))
-    sp = load_tokenizer(Path(folder) / "tokenizer.model")
-    describe(folder, {"train": train.info, "val": val.info})
-    print(f"  vocabulary of {train.header.vocab_size:,}, BOS {train.header.bos_id}, "
-          f"EOS {train.header.eos_id}, tokenizer {train.header.tokenizer[:12]}")
-    for source, split in (train, "train"), (val, "val"):
-        total = source.info["tokens"]
+    sources = {split: Source(folder, split, context=1) for split in SPLITS}
+    sp, header = load_tokenizer(Path(folder) / "tokenizer.model"), sources["train"].header
+    info = read_json(Path(folder) / "source.json")
+    print_counts(folder, info)
+    print(f"  vocabulary of {header.vocab_size:,}, BOS {header.bos_id}, EOS {header.eos_id}, "
+          f"tokenizer {info['tokenizer'][:12]}")
+    for split, source in sources.items():
+        total = info[split]["tokens"]
         if total:
             print(f"{split} begins {show(sp, source.read(0, min(total, 48)))}")
             print(f"{split} ends   {show(sp, source.read(max(0, total - 48), total))}")
@@ -873,7 +864,7 @@ def split_docstrings(source):
     return [doc for *_, doc in docs], code
 
 
-def embedded_corpus():
+def stdlib_corpus():
     """(prose, code), lists of documents. Prose: each documentation topic and each docstring. Code:
     each top-level part of a module, two blank lines from the next, its docstrings cut out."""
     prose, code = documentation(), []
@@ -888,7 +879,7 @@ def embedded_corpus():
 
 
 def demo(data_dir, vocab_size, val_fraction=0.05):
-    prose, code = embedded_corpus()
+    prose, code = stdlib_corpus()
     if not code:
         sys.exit(f"this Python has no library source in {sysconfig.get_path('stdlib')}: "
                  "use one that has, or tokenize own text")
@@ -914,8 +905,8 @@ def parse_args(argv):
     p.add_argument("--vocab_size", type=int, default=4096)
 
     reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("files", nargs="+", help=f"files, folders or patterns: {KINDS}; .gz and "
-                         ".zst of them; of any filesystem that fsspec opens")
+    reading.add_argument("files", nargs="+", help=f"files, folders or patterns: {FORMATS}; of "
+                         "any filesystem that fsspec opens")
     reading.add_argument("--text_key", default="text",
                          help="the key or column of the text; a.b for b in a (%(default)s)")
     reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",
@@ -945,7 +936,7 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def choice_of(args):
+def make_row_filter(args):
     exclude = []
     for pair in args.exclude:
         key, equals, value = pair.partition("=")
@@ -954,10 +945,10 @@ def choice_of(args):
         exclude.append((key, value))
     if not 0 < args.fraction <= 1:
         sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
-    return Choice(args.text_key, tuple(exclude), args.fraction)
+    return RowFilter(args.text_key, tuple(exclude), args.fraction)
 
 
-def part_of(text):
+def parse_part(text):
     """(I, N) of "I/N"."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -966,48 +957,55 @@ def part_of(text):
     return int(found[1]), int(found[2])
 
 
+def run_tokenizer(args):
+    out, row_filter = Path(args.out), make_row_filter(args)
+    if out.exists():
+        sys.exit(f"{out} exists already: remove it first, or choose another --out")
+    texts, lost = all_texts(list_files(args.files, args.out), row_filter, args.strict)
+    model = train_tokenizer(texts, args.vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(model)
+    print(f"{out}: {args.vocab_size} tokens, from {len(texts):,} documents")
+    if lost:
+        print(f"  {lost:,} rows were skipped")
+        sys.exit(3)
+
+
+def run_tokenize(args):
+    if not 0 <= args.val_fraction < 1:
+        sys.exit(f"--val_fraction={args.val_fraction} must be at least 0 and below 1")
+    if args.workers < 1:
+        sys.exit(f"--workers={args.workers} must be at least 1")
+    part, row_filter = parse_part(args.part), make_row_filter(args)
+    load_tokenizer(args.tokenizer)
+    corpus = Corpus(Path(args.out), tuple(args.files), tuple(list_files(args.files, args.out)),
+                    args.tokenizer, Path(args.tokenizer).read_bytes(), row_filter,
+                    args.val_fraction, SHARD_BYTES)
+    tokenize(corpus, *part, args.workers, args.strict)
+
+
 def main(argv):
     args = parse_args(argv)
-    if args.command == "demo":
-        demo(args.data_dir, args.vocab_size)
-    elif args.command == "inspect":
-        inspect_source(args.source)
-    elif not Path(args.out).name:
+    # file names and texts may hold what a terminal or a pipe cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if "out" in args and not Path(args.out).name:
         sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
                  "a folder for a source")
-    elif args.command == "tokenizer":
-        out, choice = Path(args.out), choice_of(args)
-        if out.exists():
-            sys.exit(f"{out} exists already: remove it first, or choose another --out")
-        try:
-            texts, lost = all_texts(list_files(args.files, args.out), choice, args.strict)
-        except (Strict, Unreadable) as error:
-            sys.exit(str(error))
-        model = train_tokenizer(texts, args.vocab_size)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".tmp").write_bytes(model)
-        os.replace(out.with_name(out.name + ".tmp"), out)
-        print(f"{out}: {args.vocab_size} pieces, from {len(texts):,} documents")
-        if lost:
-            print(f"  {lost:,} rows were skipped")
-            sys.exit(3)
-    else:
-        if not 0 <= args.val_fraction < 1:
-            sys.exit(f"--val_fraction={args.val_fraction} must be at least 0 and below 1")
-        if args.workers < 1:
-            sys.exit(f"--workers={args.workers} must be at least 1")
-        part, choice = part_of(args.part), choice_of(args)
-        load_tokenizer(args.tokenizer)
-        corpus = Corpus(Path(args.out), tuple(args.files), tuple(list_files(args.files, args.out)),
-                        args.tokenizer, Path(args.tokenizer).read_bytes(), choice,
-                        args.val_fraction, UNIT)
-        tokenize(corpus, *part, args.workers, args.strict)
-
-
-if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except (DataError, OSError) as error:
+        if args.command == "demo":
+            demo(args.data_dir, args.vocab_size)
+        elif args.command == "inspect":
+            inspect_source(args.source)
+        elif args.command == "tokenizer":
+            run_tokenizer(args)
+        else:
+            run_tokenize(args)
+    except (DataError, InputError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("\nstopped")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
