@@ -20,11 +20,8 @@ the same bytes, and a shard that is written twice does no harm.
 import argparse
 import ast
 import contextlib
-import gzip
 import importlib
 import inspect
-import io
-import json
 import multiprocessing
 import os
 import re
@@ -39,432 +36,50 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b, sha256
-from importlib.util import find_spec
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
-import fsspec
 import sentencepiece
-from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
+from documents import (
+    FORMATS,
+    RowFilter,
+    SkipCounter,
+    Strict,
+    Unreadable,
+    all_texts,
+    hash_to_unit,
+    list_files,
+    read_texts,
+)
 from files import InputError, atomic_write, read_json, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
-
-
-# --------------------------------------------------------------------------------------------------
-# Text files
-
-FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
-           "per row), each but .parquet also as .gz or .zst")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")       # beside many data sets: no text
-
-
-class Unreadable(InputError):
-    """A file that cannot be read to its end, so that what was read of it does not count."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of any filesystem that fsspec knows; `name` is what messages call it."""
-    fs: fsspec.AbstractFileSystem
-    path: str
-    name: str
-    size: int
-
-    def kind(self):
-        """(".txt", ".jsonl", ".json" or ".parquet", "" or ".gz" or ".zst"); None for others."""
-        name, packed = os.path.splitext(self.name.lower())
-        if packed not in (".gz", ".zst"):
-            name, packed = self.name.lower(), ""
-        kind = os.path.splitext(name)[1]
-        known = [".txt", ".jsonl", ".json"] if packed else [".txt", ".jsonl", ".json", ".parquet"]
-        if kind in known and os.path.basename(name) not in DESCRIPTIONS:
-            return kind, packed
-
-
-def list_files(paths, out=None):
-    """The Files that a list of paths, folders and patterns names, in this order, those of a folder
-    or a pattern sorted by path; none in the folder `out`. Exits if one names nothing that can be
-    read."""
-    files, out = [], out and os.path.join(os.path.abspath(out), "")
-    for path in paths:
-        try:
-            fs, inner = fsspec.core.url_to_fs(path)
-            local = isinstance(fs, LocalFileSystem)
-            sizes = find_files(fs, inner, local)
-        except (ImportError, ValueError, OSError) as error:
-            sys.exit(f"{path} cannot be opened: {error}")
-        if not sizes:
-            sys.exit(f"there is no file {path}, or none in it")
-        if local:
-            name = str if os.path.isabs(path) else os.path.relpath
-        else:
-            name = fs.unstrip_protocol
-        found = [File(fs, p, printable(name(p)), size) for p, size in sorted(sizes.items())
-                 if not (local and out and p.startswith(out))]
-        known = [file for file in found if file.kind()]
-        if not known:
-            sys.exit(f"nothing in {path} can be read: only {FORMATS}")
-        if local:
-            refuse_placeholders(known)
-        files += known
-    refuse_duplicates(files)
-    for modules, ending in ((["compression.zstd", "backports.zstd"], ".zst"),
-                            (["pyarrow"], ".parquet")):
-        first = next((file.name for file in files if ending in file.kind()), None)
-        if first and not any(map(is_installed, modules)):
-            sys.exit(f"{first} needs {modules[-1]}: pip install {modules[-1]}")
-    return files
-
-
-def find_files(fs, path, local):
-    """{path: size} of a file, or of the files in a folder or of a pattern, at any depth. Links are
-    followed; names that begin with a dot below the path are skipped. Raises OSError for a folder
-    that may not be read."""
-    if fs.isfile(path):
-        return {path: fs.info(path)["size"] or 0}
-    is_folder, found, seen = fs.isdir(path), {}, set()
-    todo = {path: fs.info(path)} if is_folder else fs.glob(path, detail=True)
-    fixed = len(path if is_folder else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
-    while todo:
-        name, info = todo.popitem()
-        if "/." in name[fixed:]:
-            continue
-        if info["type"] == "directory" or local and os.path.isdir(name):
-            if (real := os.path.realpath(name)) not in seen:              # links may go in circles
-                seen.add(real)
-                # find() lists a remote folder in one request, but passes over what is closed
-                todo |= ({entry["name"]: entry for entry in fs.ls(name, detail=True)} if local
-                         else fs.find(name, detail=True))
-        elif info["type"] == "file" or local and (os.path.isfile(name) or os.path.islink(name)):
-            found[name] = info["size"] or 0
-    return found
-
-
-def printable(name):
-    """A file name as text; bytes of it that are not UTF-8 are written as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def is_installed(module):
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:             # not even the package that it is in
-        return False
-
-
-def refuse_placeholders(files):
-    """Exits if one of these local files stands for another that is not there."""
-    for file in files:
-        if not os.path.exists(file.path):
-            sys.exit(f"{file.name} is a link to a file that does not exist: restore that file, or "
-                     "remove the link")
-        with contextlib.suppress(OSError):
-            if file.size < 1024 and Path(file.path).read_bytes().startswith(
-                    b"version https://git-lfs.github.com/spec/"):
-                sys.exit(f"{file.name} is a Git LFS pointer, not the file: run git lfs pull")
-
-
-def refuse_duplicates(files):
-    names = {}
-    for file in files:
-        names.setdefault((file.fs, os.path.realpath(file.path)), []).append(file.name)
-    for same in names.values():
-        if len(same) > 1:
-            n, different = len(same), sorted(set(same))
-            sys.exit((f"{same[0]} is named {n} times" if len(different) == 1 else
-                      f"{' and '.join(different)} are the same file")
-                     + f": its documents would be there {n} times")
-
-
-class Input(io.RawIOBase):
-    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable."""
-
-    def __init__(self, file):
-        self.file, self.bytes_read = file, 0
-        with self.wrap_read_errors():
-            self.stream = file.fs.open(file.path, "rb")
-
-    @contextlib.contextmanager
-    def wrap_read_errors(self):
-        try:
-            yield
-        except Exception as error:          # of whatever kind its filesystem raises
-            raise Unreadable(f"{self.file.name} cannot be read: {error}") from error
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, *where):
-        with self.wrap_read_errors():
-            return self.stream.seek(*where)
-
-    def tell(self):
-        return self.stream.tell()
-
-    def readinto(self, buffer):
-        with self.wrap_read_errors():
-            read = self.stream.read(len(buffer))
-        if not read and len(buffer) and self.tell() < self.file.size:
-            raise Unreadable(f"{self.file.name} ends after {self.tell():,} bytes, and it had "
-                             f"{self.file.size:,} when it was listed")
-        buffer[:len(read)] = read
-        self.bytes_read += len(read)
-        return len(read)
-
-    def close(self):
-        if not self.closed:
-            self.stream.close()
-        super().close()
-
-
-# --------------------------------------------------------------------------------------------------
-# Documents
-
-NAMED_ROWS = 20     # lost rows of a shard that are named; the others are only counted
-
-
-class Skipped(NamedTuple):
-    """Stands for a row that gives no document; `lost` if it should have."""
-    reason: str
-    message: str
-    lost: bool = True
-
-
-@dataclass(frozen=True)
-class RowFilter:
-    """Which rows are documents, and which of those are taken."""
-    text_key: str = "text"
-    exclude: tuple = ()           # of (key, value)
-    fraction: float = 1.0
-
-    def text(self, row, where):
-        """The text of a row, a dict, or a Skipped."""
-        if not isinstance(row, dict):
-            return Skipped("no row", f"{where} is a {type(row).__name__}, and a row with keys is "
-                           "wanted, one a line")
-        rules = [f"{key}={value}" for key, value in self.exclude
-                 if as_text(field(row, key)) == value]
-        if rules:
-            return Skipped(" and ".join(rules), where, lost=False)
-        text = field(row, self.text_key)
-        if text is MISSING:
-            return Skipped(f"no {self.text_key!r}", f"{where} has no {self.text_key!r}, but the "
-                           f"keys {list(row)}: name the key with --text_key=KEY")
-        return self.accept(text, where)
-
-    def accept(self, text, where):
-        """The text, if it is one and in the fraction, else a Skipped."""
-        if not isinstance(text, str):
-            return Skipped("not text", f"{where} is no text but {text!r:.80}")
-        if not text:
-            return Skipped("empty", where, lost=False)
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:
-            return Skipped("not text", f"{where} is no text that UTF-8 can write: {text!r:.80}")
-        if self.fraction < 1 and hash_to_unit(raw, b"fraction") >= self.fraction:
-            return Skipped("not in the fraction", where, lost=False)
-        return text
-
-
-MISSING = object()
-
-
-def field(row, key):
-    """row["a"]["b"] for the key "a.b", unless the row has a key of that very name; MISSING if there
-    is none."""
-    if key in row:
-        return row[key]
-    for part in key.split("."):
-        row = row.get(part, MISSING) if isinstance(row, dict) else MISSING
-    return row
-
-
-def as_text(value):
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def hash_to_unit(raw, purpose=b""):
-    """A number in [0, 1) that follows from the bytes of a text alone."""
-    return int.from_bytes(blake2b(raw, digest_size=8, person=purpose).digest(), "big") / 2 ** 64
-
-
-def is_validation(raw, fraction):
-    return hash_to_unit(raw) < fraction
-
-
-def documents(file, opened, row_filter):
-    """The texts of a File that is opened as an Input, and a Skipped for each row that has none, or
-    where the file breaks off. Raises Unreadable."""
-    kind, packed = file.kind()
-    stream = io.BufferedReader(opened, 2 ** 20)
-    rows = {".txt": text_file, ".parquet": parquet_rows}.get(kind, json_lines)
-    try:
-        if packed and not stream.peek(1):
-            raise EOFError("it is empty, and no compressed file is")
-        if packed == ".gz":
-            stream = gzip.GzipFile(fileobj=stream)
-        elif packed == ".zst":
-            stream = open_zstd(stream)
-        yield from rows(stream, file.name, row_filter)
-    except Unreadable:
-        raise
-    except Exception as error:        # what a decoder raises is up to the decoder
-        yield Skipped("breaks off", f"{file.name} breaks off, and what comes is lost: {error}")
-
-
-def open_zstd(stream):
-    try:
-        from compression import zstd                # Python 3.14
-    except ImportError:
-        from backports import zstd
-    return zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
-
-
-BOM = b"\xef\xbb\xbf"        # some editors mark UTF-8 by it, at the beginning of a file
-
-
-def decode(raw, where):
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Skipped("not UTF-8", f"{where} is not UTF-8: byte {error.start} is "
-                       f"0x{raw[error.start]:02x}; convert it, e.g. with iconv -t utf-8")
-
-
-def text_file(stream, name, row_filter):
-    text = decode(stream.read().removeprefix(BOM), name)
-    yield text if isinstance(text, Skipped) else row_filter.accept(text, name)
-
-
-def json_lines(stream, name, row_filter):
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            where = f"{name}:{number}"
-            line = decode(line.removeprefix(BOM) if number == 1 else line, where)
-            if not isinstance(line, Skipped):
-                try:
-                    line = row_filter.text(json.loads(line), where)
-                except (ValueError, RecursionError) as error:
-                    line = Skipped("not JSON", f"{where} is not JSON: {error}")
-            yield line
-
-
-def parquet_rows(stream, name, row_filter):
-    from pyarrow.parquet import ParquetFile
-    table = ParquetFile(stream, buffer_size=2 ** 20)
-    have = table.schema_arrow.names
-    keys = [row_filter.text_key, *(key for key, _ in row_filter.exclude)]
-    columns = {key if key in have else key.split(".")[0] for key in keys} & set(have)
-    number = 0
-    for batch in table.iter_batches(16, columns=sorted(columns), use_threads=False):
-        try:
-            rows = batch.to_pylist() if columns else [dict.fromkeys(have)] * len(batch)
-        except UnicodeDecodeError:          # some of the rows: convert them one by one
-            rows = [parquet_row(batch.slice(k, 1)) for k in range(len(batch))]
-        for row in rows:
-            number += 1
-            where = f"{name}: row {number}"
-            yield (Skipped("not UTF-8", f"{where} is not UTF-8") if row is None
-                   else row_filter.text(row, where))
-
-
-def parquet_row(batch):
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        return None
-
-
-class Strict(InputError):
-    """A row that gives no document, where --strict forbids that."""
-
-
-class SkipCounter:
-    """Counts rows that give no document. `messages` names the first that should have, and every
-    file that breaks off."""
-
-    def __init__(self, strict):
-        self.strict = strict
-        self.reasons, self.lost, self.broken, self.messages = Counter(), 0, [], []
-
-    def skip(self, row):
-        self.reasons[row.reason] += 1
-        if not row.lost:
-            return
-        if self.strict:
-            raise Strict(f"{row.message} (--strict)")
-        self.lost += 1
-        if row.reason == "breaks off":
-            self.broken.append(row.message)
-        if self.lost <= NAMED_ROWS or row.reason == "breaks off":
-            self.messages.append(row.message)
-        elif self.lost == NAMED_ROWS + 1:
-            self.messages.append("more rows like these are counted, and not named")
-
-
-def read_texts(files, row_filter, skips, report):
-    """Yields the texts of Files, counts the other rows in `skips`, and calls report(n) for each n
-    bytes of files read, every megabyte or so."""
-    for file in files:
-        reported = 0
-        with Input(file) as opened:
-            for text in documents(file, opened, row_filter):
-                if isinstance(text, str):
-                    yield text
-                else:
-                    skips.skip(text)
-                read = min(opened.bytes_read, file.size)
-                if read > reported + 10 ** 6:
-                    report(read - reported)
-                    reported = read
-        report(file.size - reported)
-
-
-def all_texts(files, row_filter, strict=False):
-    """The documents of Files as a list, and how many rows were lost. Exits if there is none."""
-    skips = SkipCounter(strict)
-    with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading",
-              disable=None) as bar:
-        texts = list(read_texts(files, row_filter, skips, bar.update))
-    for message in skips.messages:
-        print(message, file=sys.stderr)
-    if not texts:
-        sys.exit("there is no text in these files")
-    return texts, skips.lost
-
 
 # --------------------------------------------------------------------------------------------------
 # Token files and source.json
 
 SPLITS = ("train", "val")
+COUNTS = ("documents", "tokens", "bytes")
 
 
 def write_texts(folder, i, texts, encoder, val_fraction):
-    """Writes train_%05d.bin and val_%05d.bin, both or none; returns what is in them, {split:
-    {"documents", "tokens", "bytes"}}."""
+    """Writes train_%05d.bin and val_%05d.bin, both or none; what is in them, {split: counts}."""
     sp, size = encoder.sp, encoder.dtype.itemsize
     header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer_sha256)
-    bos, eos = (id.to_bytes(size, "little") for id in (sp.bos_id(), sp.eos_id()))
-    info = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    bos, eos = (token.to_bytes(size, "little") for token in (sp.bos_id(), sp.eos_id()))
+    info = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(TokenWriter(folder / f"{split}_{i:05}.bin", header))
                    for split in SPLITS}
         for text, ids in encoder.encode(texts):
             raw = text.encode()
-            split = "val" if is_validation(raw, val_fraction) else "train"
+            split = "val" if hash_to_unit(raw) < val_fraction else "train"
             writers[split].write_bytes(bos + ids + eos)
-            counts = info[split]
-            counts["documents"] += 1
-            counts["tokens"] += len(ids) // size + 2
-            counts["bytes"] += len(raw)
+            info[split]["documents"] += 1
+            info[split]["tokens"] += len(ids) // size + 2
+            info[split]["bytes"] += len(raw)
     return info
 
 
@@ -511,16 +126,17 @@ def atomic_folder(out):
 def print_counts(out, info):
     print(f"{out}:")
     for split in SPLITS:
-        documents, tokens, size = (info[split][key] for key in ("documents", "tokens", "bytes"))
+        documents, tokens, size = (info[split][key] for key in COUNTS)
         ratio = f"  {size / tokens:.2f} bytes per token" if tokens else ""
-        print(f"  {split:5} {documents:>9,} documents {tokens:>13,} tokens {size:>14,} bytes{ratio}")
+        print(f"  {split:5} {documents:>9,} documents {tokens:>13,} tokens {size:>14,} bytes"
+              + ratio)
 
 
 # --------------------------------------------------------------------------------------------------
 # A corpus and its shards
 #
-# While a source is being written, its folder holds units/ with plan.json (what is being written) and
-# a record NNNNN.json for each shard that is done. source.json takes their place when all are.
+# While a source is being written, its folder holds units/ with plan.json, which says what is being
+# written, and a record %05d.json of each shard that is done. At the end source.json replaces them.
 
 SHARD_BYTES = 10 ** 9      # of files, which become one train_%05d.bin and one val_%05d.bin
 
@@ -548,6 +164,13 @@ class Corpus:
             size += file.size
         return shards
 
+    def record(self, i):
+        """The file that says that shard i is done, and what is in it."""
+        return self.out / "units" / f"{i:05}.json"
+
+    def done(self):
+        return [i for i in range(len(self.shards())) if self.record(i).exists()]
+
     def plan(self):
         """What must not change between the start of the work and its end, as JSON has it."""
         listing = "".join(f"{file.name}\t{file.size}\n" for file in self.files)
@@ -565,13 +188,6 @@ class Corpus:
                 f"--text_key={self.row_filter.text_key}", f"--fraction={self.row_filter.fraction}",
                 *[f"--exclude={key}={value}" for key, value in self.row_filter.exclude],
                 f"--val_fraction={self.val_fraction}"]
-
-    def record(self, i):
-        """The file that says that shard i is done, and what is in it."""
-        return self.out / "units" / f"{i:05}.json"
-
-    def done(self):
-        return [i for i in range(len(self.shards())) if self.record(i).exists()]
 
 
 def begin(corpus):
@@ -592,7 +208,7 @@ def begin(corpus):
     units.mkdir(parents=True, exist_ok=True)
     if any(units.glob("[0-9]*.json")):
         compare_plans(out, read_json(units / "plan.json"), plan)
-    else:                                       # nothing is done yet: any plan may take its place
+    else:                                       # nothing is done yet: the plan may be another
         with contextlib.suppress(InputError):
             if read_json(units / "plan.json") != plan:
                 remove_tokens(out)
@@ -629,60 +245,48 @@ def remove_leftovers(out):
     shutil.rmtree(out / "units", ignore_errors=True)
 
 
-class ShardWriter:
-    """Writes shards of a corpus; `scratch` is a folder for files that are not whole yet, and
-    report(n) is called for each n bytes of files read."""
-
-    def __init__(self, corpus, scratch, strict, report):
-        self.corpus, self.scratch, self.strict, self.report = corpus, scratch, strict, report
-        self.shards, self.encoder = corpus.shards(), Encoder(corpus.model)
-
-    def write(self, i):
-        """Writes the token files of shard i, then its record; returns messages about lost rows.
-        Raises Unreadable, Strict or OSError, and then the shard is not done."""
-        corpus, skips = self.corpus, SkipCounter(self.strict)
-        texts = read_texts(self.shards[i], corpus.row_filter, skips, self.report)
-        info = write_texts(Path(self.scratch), i, texts, self.encoder, corpus.val_fraction)
-        for split in SPLITS:
-            name = f"{split}_{i:05}.bin"
-            os.replace(Path(self.scratch, name), corpus.out / name)
-        write_json(corpus.record(i), info | {
-            "skipped": dict(skips.reasons), "lost": skips.lost, "broken": skips.broken})
-        return skips.messages
-
-
-class Stopped(Exception):
-    """Ends a worker's shard, because the first process stops."""
+def write_shard(i, corpus, encoder, scratch, strict, report):
+    """Writes the token files of shard i, in the folder `scratch` until they are whole, and then its
+    record; returns messages about lost rows. Raises Unreadable, Strict or OSError, and then the
+    shard is not done."""
+    skips = SkipCounter(strict)
+    texts = read_texts(corpus.shards()[i], corpus.row_filter, skips, report)
+    info = write_texts(Path(scratch), i, texts, encoder, corpus.val_fraction)
+    for split in SPLITS:
+        name = f"{split}_{i:05}.bin"
+        os.replace(Path(scratch, name), corpus.out / name)
+    write_json(corpus.record(i), info | {
+        "skipped": dict(skips.reasons), "lost": skips.lost, "broken": skips.broken})
+    return skips.messages
 
 
 def start_worker(corpus, scratch, strict, bytes_read, stop):
-    """Makes this process ready for work on shards. `bytes_read` and `stop` are numbers in shared
-    memory without a lock, which a killed worker could leave locked; the progress bar can do without
-    an addition that gets lost."""
+    """Makes this process ready for write_shard_in_worker. `bytes_read` and `stop` are numbers in
+    shared memory, without a lock that a killed worker could leave locked; should an addition get
+    lost, it is only the progress bar's."""
     def report(n):
         bytes_read.value += n
         if stop.value:
-            raise Stopped
+            sys.exit()
 
-    global shard_writer
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    global worker_arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C: the first process sets `stop`
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    shard_writer = ShardWriter(corpus, scratch, strict, report)
+    worker_arguments = corpus, Encoder(corpus.model), scratch, strict, report
 
 
-def exit_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def write_shard(i):
-    return shard_writer.write(i)
+def write_shard_in_worker(i):
+    return write_shard(i, *worker_arguments)
 
 
 def run_shards(corpus, todo, workers, strict):
     """Writes the shards `todo` with so many processes; returns a message for each that could not be
     read."""
-    shards, unread = corpus.shards(), []
+    shards, unread, workers = corpus.shards(), [], min(workers, len(todo))
     total = sum(file.size for i in todo for file in shards[i])
 
     def collect(write):
@@ -695,22 +299,21 @@ def run_shards(corpus, todo, workers, strict):
     with (tempfile.TemporaryDirectory(".tmp", dir=corpus.out / "units",
                                       ignore_cleanup_errors=True) as scratch,
           tqdm(total=total, unit="B", unit_scale=True, desc=corpus.out.name, disable=None) as bar):
-        workers = min(workers, len(todo))
         if workers <= 1:
-            writer = ShardWriter(corpus, scratch, strict, bar.update)
+            encoder = Encoder(corpus.model)
             for i in todo:
-                collect(partial(writer.write, i))
+                collect(partial(write_shard, i, corpus, encoder, scratch, strict, bar.update))
             return unread
         context = multiprocessing.get_context("spawn")
         bytes_read, stop = context.RawValue("q", 0), context.RawValue("b", 0)
         with ProcessPoolExecutor(workers, context, start_worker,
                                  (corpus, scratch, strict, bytes_read, stop)) as pool:
             try:
-                pending = {pool.submit(write_shard, i) for i in todo}
+                pending = {pool.submit(write_shard_in_worker, i) for i in todo}
                 while pending:
-                    done, pending = wait(pending, 0.5, FIRST_COMPLETED)
+                    finished, pending = wait(pending, 0.5, FIRST_COMPLETED)
                     bar.update(bytes_read.value - bar.n)
-                    for future in done:
+                    for future in finished:
                         collect(future.result)
             except BaseException:
                 stop.value = 1
@@ -722,13 +325,13 @@ def run_shards(corpus, todo, workers, strict):
 def merge_shards(corpus):
     """Writes source.json once all shards are done; returns it, or None before that. Several
     processes may do so at the same time, as they write the same bytes."""
-    out, shards = corpus.out, corpus.shards()
+    out, n = corpus.out, len(corpus.shards())
     source = out / "source.json"
-    if not source.exists() and len(corpus.done()) == len(shards):
+    if not source.exists() and len(corpus.done()) == n:
         try:
-            records = [read_json(corpus.record(i)) for i in range(len(shards))]
-            info = {split: {key: sum(record[split][key] for record in records)
-                            for key in ("documents", "tokens", "bytes")} for split in SPLITS}
+            records = [read_json(corpus.record(i)) for i in range(n)]
+            info = {split: {key: sum(record[split][key] for record in records) for key in COUNTS}
+                    for split in SPLITS}
             skipped = sum((Counter(record["skipped"]) for record in records), Counter())
             write_metadata(out, corpus.model, info, corpus.val_fraction, {
                 "from": corpus.paths, "command": corpus.command(),
@@ -756,8 +359,7 @@ def tokenize(corpus, part, parts, workers, strict):
     mine = range(part - 1, n, parts)
     if not begin(corpus):
         try:
-            unread = run_shards(corpus, [i for i in mine if i not in set(corpus.done())], workers,
-                                strict)
+            unread = run_shards(corpus, sorted({*mine} - {*corpus.done()}), workers, strict)
         except (Strict, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
             reasons = {KeyboardInterrupt: "stopped",
                        MemoryError: "out of memory, give fewer --workers",
@@ -885,7 +487,7 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
                  "use one that has, or tokenize own text")
     print(f"this Python's library: {len(prose)} documents of prose, {len(code)} of code")
     model = train_tokenizer([text for text in prose + code
-                             if not is_validation(text.encode(), val_fraction)], vocab_size)
+                             if not hash_to_unit(text.encode()) < val_fraction], vocab_size)
     origin = f"the library of Python {sys.version.split()[0]}"
     for name, texts in ("demo-prose", prose), ("demo-code", code):
         bar = tqdm(texts, desc=name, disable=None)
@@ -910,7 +512,7 @@ def parse_args(argv):
     reading.add_argument("--text_key", default="text",
                          help="the key or column of the text; a.b for b in a (%(default)s)")
     reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",
-                         help="leave out rows that have this; may be repeated")
+                         type=parse_exclude, help="leave out rows that have this; may be repeated")
     reading.add_argument("--fraction", type=float, default=1.0,
                          help="share of the documents to take, chosen by a hash of each")
     reading.add_argument("--strict", action="store_true",
@@ -927,7 +529,7 @@ def parse_args(argv):
     p.add_argument("--val_fraction", type=float, default=0.001,
                    help="share of the documents kept for validation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    p.add_argument("--part", default="1/1", metavar="I/N",
+    p.add_argument("--part", default="1/1", type=parse_part, metavar="I/N",
                    help="do only the I-th of N parts; others do theirs into the same folder")
 
     p = commands.add_parser("inspect", help="print what is in a source")
@@ -936,16 +538,11 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def make_row_filter(args):
-    exclude = []
-    for pair in args.exclude:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            sys.exit(f"--exclude={pair} must be KEY=VALUE")
-        exclude.append((key, value))
-    if not 0 < args.fraction <= 1:
-        sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
-    return RowFilter(args.text_key, tuple(exclude), args.fraction)
+def parse_exclude(pair):
+    key, equals, value = pair.partition("=")
+    if not key or not equals:
+        sys.exit(f"--exclude={pair} must be KEY=VALUE")
+    return key, value
 
 
 def parse_part(text):
@@ -957,8 +554,8 @@ def parse_part(text):
     return int(found[1]), int(found[2])
 
 
-def run_tokenizer(args):
-    out, row_filter = Path(args.out), make_row_filter(args)
+def run_tokenizer(args, row_filter):
+    out = Path(args.out)
     if out.exists():
         sys.exit(f"{out} exists already: remove it first, or choose another --out")
     texts, lost = all_texts(list_files(args.files, args.out), row_filter, args.strict)
@@ -972,35 +569,35 @@ def run_tokenizer(args):
         sys.exit(3)
 
 
-def run_tokenize(args):
+def run_tokenize(args, row_filter):
     if not 0 <= args.val_fraction < 1:
         sys.exit(f"--val_fraction={args.val_fraction} must be at least 0 and below 1")
     if args.workers < 1:
         sys.exit(f"--workers={args.workers} must be at least 1")
-    part, row_filter = parse_part(args.part), make_row_filter(args)
     load_tokenizer(args.tokenizer)
     corpus = Corpus(Path(args.out), tuple(args.files), tuple(list_files(args.files, args.out)),
                     args.tokenizer, Path(args.tokenizer).read_bytes(), row_filter,
                     args.val_fraction, SHARD_BYTES)
-    tokenize(corpus, *part, args.workers, args.strict)
+    tokenize(corpus, *args.part, args.workers, args.strict)
 
 
 def main(argv):
     args = parse_args(argv)
     # file names and texts may hold what a terminal or a pipe cannot show
     sys.stdout.reconfigure(errors="backslashreplace")
-    if "out" in args and not Path(args.out).name:
-        sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
-                 "a folder for a source")
     try:
         if args.command == "demo":
             demo(args.data_dir, args.vocab_size)
         elif args.command == "inspect":
             inspect_source(args.source)
-        elif args.command == "tokenizer":
-            run_tokenizer(args)
         else:
-            run_tokenize(args)
+            if not Path(args.out).name:
+                sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
+                         "a folder for a source")
+            if not 0 < args.fraction <= 1:
+                sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
+            run = run_tokenizer if args.command == "tokenizer" else run_tokenize
+            run(args, RowFilter(args.text_key, tuple(args.exclude), args.fraction))
     except (DataError, InputError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -20,27 +19,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import sentencepiece
-import zstandard
-from transformers import AutoTokenizer
+from backports import zstd
 
+import documents
 import prepare
-import tokenizer
 from data import DataError, Source
+from test_tokenizer import AWKWARD, TEXT
 
 HERE = Path(__file__).parent
-
-TEXT = ("The quick brown fox jumps over the lazy dog, 1984 times.\n" * 3
-        + "def f(x):\n    return x ** 2  # übermäßig\n\n" * 5 + "\ttabs\t\tand     spaces   \n"
-        + "Sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs.\n")
-
-AWKWARD = ["", " ", "  ", "a", " a", "  a ", "a  b   c    d", "\n", "\n\n\n", " \n ", "\t", "a\tb",
-           "\r\n", "\x00", "a\x00b", "\x1b[0m\x7f", "Hello, world!", "1234567890", "١٢٣", "é",
-           "e\u0301", "ﬁ", "Å", "中文字符", "日本語のテキスト", "🙂", "👩‍👩‍👧‍👦🏳️‍🌈", "\u200b\u200d\ufeff",
-           "\u3000wide\u00a0", "\U0010ffff", "\ue000", "نص", "ह िन्दी",
-           "for i in range(10):\n        print(i)", "<0x0A>", "<pad>", "[INST]", " leading",
-           "trailing ", "MiXeD cAsE", "...", "!!??", "a" * 300, " " * 70, "▁▁x".replace("▁", " ")]
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -82,7 +68,7 @@ def as_parquet(texts, key="text"):
 def in_frames(raw, n=3):
     """Several zstandard frames, as parallel compressors write them."""
     step = len(raw) // n + 1
-    return b"".join(map(zstandard.compress, [raw[i:i + step] for i in range(0, len(raw), step)]))
+    return b"".join(map(zstd.compress, [raw[i:i + step] for i in range(0, len(raw), step)]))
 
 
 def put(folder, files):
@@ -122,7 +108,7 @@ CONTAINERS = {
     "a.jsonl": as_rows, "a.json": as_rows, "a.jsonl.gz": lambda t: gzip.compress(as_rows(t)),
     "a.json.gz": lambda t: gzip.compress(as_rows(t[:9])) + gzip.compress(as_rows(t[9:])),
     "a.jsonl.zst": lambda t: in_frames(as_rows(t)), "a.parquet": as_parquet,
-    "bom.jsonl": lambda t: prepare.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
+    "bom.jsonl": lambda t: documents.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -139,8 +125,9 @@ def test_documents_in_are_documents_out(name, folder, tmp_path):
 def test_texts_are_documents(folder, tmp_path):
     """A .txt is one document, packed or not, whatever lines it has."""
     texts = [TEXT, "x", "\n\n two\r\nlines"]
-    put(tmp_path, {"a.txt": prepare.BOM + texts[0].encode(), "b.txt.gz": gzip.compress(texts[1].encode()),
-                   "c.txt.zst": zstandard.compress(texts[2].encode())})
+    put(tmp_path, {"a.txt": documents.BOM + texts[0].encode(),
+                   "b.txt.gz": gzip.compress(texts[1].encode()),
+                   "c.txt.zst": zstd.compress(texts[2].encode())})
     assert tokenize(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
     assert read_source(tmp_path / "out")["train"] == texts
 
@@ -162,13 +149,14 @@ def test_folders_patterns_and_other_filesystems(folder, tmp_path, monkeypatch):
         "z", "a10", "a9", "b2", "y1", "y2", "far p", "far q", "d1", "d2"]
     for given, words in [(["nowhere"], "no file nowhere"), (["q*.txt"], "no file"),
                          (["in/a/notes.md"], "can be read"), (["nothing://x"], "cannot be opened"),
-                         (["y1.txt", "in", "y1.txt"], "y1.txt is named 2 times")]:
+                         (["y1.txt", "in", "y1.txt"], "y1.txt and y1.txt are the same file")]:
         assert words in tokenize(folder, *given, "--out=other")
         assert not Path("other").exists()
-    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    monkeypatch.setattr(documents, "find_spec", lambda name: None)
+    monkeypatch.setattr(documents, "zstd", None)
     put(tmp_path, {"a.parquet": b"", "a.jsonl.zst": b""})
     assert "pip install pyarrow" in tokenize(folder, "a.parquet", "--out=other")
-    assert "pip install zstandard" in tokenize(folder, "a.jsonl.zst", "--out=other")
+    assert "pip install backports.zstd" in tokenize(folder, "a.jsonl.zst", "--out=other")
 
 
 def test_links_are_followed(folder, tmp_path, monkeypatch):
@@ -183,7 +171,64 @@ def test_links_are_followed(folder, tmp_path, monkeypatch):
         assert tokenize(folder, given, f"--out=out{k}", "--val_fraction=0") == 0
         assert read_source(tmp_path / f"out{k}")["train"] == ["one", "two", "three"]
         Path(".cache/more/round").unlink(missing_ok=True)
-    assert "is named 2 times" in tokenize(folder, ".cache/in", ".cache/more", "--out=out")
+    said = tokenize(folder, ".cache/in", ".cache/more", "--out=out")
+    assert ".cache/in/deep/3.txt and .cache/more/3.txt are the same file" in said
+    Path(".cache/in/2.txt").unlink()
+    Path(".cache/in/2.txt").symlink_to("../blobs/1")             # two names, as hubs store them
+    said = tokenize(folder, ".cache/in", "--out=out")
+    assert ".cache/in/1.txt and .cache/in/2.txt are the same file" in said
+
+
+def test_names_that_are_not_utf8_are_escaped(folder, tmp_path, monkeypatch, capsys):
+    """Copies from old disks have names in Latin-1, which neither a terminal nor JSON can write."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    put(tmp_path, {f"in/{name}.txt": "from an old disk", f"in/{name}.jsonl": as_rows(["x"]) + b"{"})
+    put(tmp_path, {f"{name}.model": (folder / "tokenizer.model").read_bytes()})
+    with pytest.raises(SystemExit) as error:
+        prepare.main(["tokenize", "in", f"--tokenizer={name}.model", "--out=out", "--workers=1",
+                      "--val_fraction=0"])
+    assert error.value.code == 3 and "caf\\xe9.jsonl:2 is not JSON" in capsys.readouterr().err
+    assert read_source(tmp_path / "out")["train"] == ["x", "from an old disk"]
+    assert tokenize(folder, f"in/{name}.txt", f"--out={name}", "--val_fraction=0") == 0
+
+
+def test_files_that_are_not_there_are_named(folder, tmp_path, monkeypatch):
+    """Part of a corpus would vanish in silence: a link to a blob that was cleaned away, a folder
+    that only its owner may read, files that git lfs did not fetch."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {"a/x.jsonl": as_rows(["here"]), "b/secret/y.jsonl": b"", "b/.git/z.jsonl": b""})
+    Path("a/y.jsonl").symlink_to("../blobs/9f86d081884c7d65")
+    Path("a/notes.md").symlink_to("../blobs/2c26b46b68ffc68f")                  # no text anyway
+    assert "a/y.jsonl is a link to a file that does not exist" in tokenize(folder, "a", "--out=o")
+    Path("a/y.jsonl").unlink()
+    assert tokenize(folder, "a", "--out=o", "--val_fraction=0") == 0
+    real = os.scandir
+
+    def scandir(path):                  # root may read everything, so chmod proves nothing
+        if str(path).endswith(("secret", ".git")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        said = tokenize(folder, "b", "--out=p")
+    assert said.startswith("b cannot be opened") and said.endswith("Permission denied: "
+                                                                   f"'{tmp_path}/b/secret'")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 73492013\n"
+    put(tmp_path, {f"{k}/{name}": pointer for k, name in enumerate(
+        ["x.txt", "x.jsonl", "x.jsonl.zst", "x.parquet"])})
+    for k in range(4):
+        said = tokenize(folder, str(k), "--out=q")
+        assert "is a Git LFS pointer, not the file: git lfs pull" in said
+    assert not Path("q/source.json").exists() and not Path("p").exists()
+
+
+def test_descriptions_beside_a_data_set_are_no_corpus(folder, tmp_path):
+    """Hubs put a dataset_infos.json beside the text: its one line gave exit status 3."""
+    put(tmp_path, {"in/a.jsonl": as_rows(["fine"]), "in/dataset_infos.json": '{"default": {}}',
+                   "in/dataset_info.json": '{"default": {}}'})
+    assert tokenize(folder, tmp_path / "in", f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
 
 
 @pytest.mark.parametrize("name, make", [("a.jsonl", as_rows), ("a.parquet", as_parquet)])
@@ -228,7 +273,8 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "txt": ("a.txt", b"good \xff bad", "not UTF-8: byte 5 is 0xff", 0, 1),
     "key": ("a.jsonl", GOOD + b'{"content": "x"}\n', "['content']: name the key with --text_key",
             2, 1),
-    "list": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl:3 is a list, and a row with keys is wanted", 2, 1),
+    "list": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl:3 is a list, and a row with keys is wanted", 2,
+             1),
     "number": ("a.jsonl", GOOD + b'{"text": 7}\n', "a.jsonl:3 is no text but 7", 2, 1),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3 is no text but None", 2, 1),
     "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "no text that UTF-8 can write", 2, 1),
@@ -236,11 +282,12 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "empty": ("a.jsonl", GOOD + b'{"text": ""}\n\n', "rows skipped: 1, empty", 2, 0),
     "empty txt": ("a.txt", b"", "rows skipped: 1, empty", 0, 0),
     "empty jsonl": ("a.jsonl", b"", "", 0, 0),
-    "empty gz": ("a.jsonl.gz", b"", "", 0, 0),
+    "empty gz": ("a.jsonl.gz", b"", "a.jsonl.gz breaks off", 0, 1),
+    "empty zst": ("a.jsonl.zst", b"", "a.jsonl.zst breaks off", 0, 1),
     "gz": ("a.jsonl.gz", gzip.compress(GOOD + os.urandom(9999))[:-3000], "a.jsonl.gz breaks off",
            2, 1),
     "no gz": ("a.jsonl.gz", GOOD, "a.jsonl.gz breaks off", 0, 1),
-    "zst": ("a.jsonl.zst", in_frames(GOOD * 50)[:-9], "compressed data end in the middle", 66, 1),
+    "zst": ("a.jsonl.zst", in_frames(GOOD * 50)[:-9], "file ended before the end-of-stream", 66, 1),
     "no zst": ("a.jsonl.zst", GOOD, "a.jsonl.zst breaks off", 0, 1),
     "parquet": ("a.parquet", as_parquet(["fine"])[:-20], "a.parquet breaks off", 0, 1),
     "column": ("a.parquet", as_parquet(["fine"], key="b"),
@@ -272,6 +319,33 @@ def test_bad_rows_are_skipped_counted_and_named(case, folder, tmp_path, capsys):
         assert "(--strict)" in error.value.code and not (tmp_path / "my.model").exists()
 
 
+@pytest.mark.parametrize("bad", ["text", "url"])
+def test_a_value_that_is_not_utf8_costs_one_row_of_parquet(bad, folder, tmp_path, capsys):
+    """One Latin-1 byte lost the rest of the file, even in a column that only --exclude asks for."""
+    columns = {"text": [b"row %d" % i for i in range(100)], "url": [b"http://x"] * 100}
+    columns[bad][20] = b"caf\xe9"
+    arrays = {name: pyarrow.array(values, pyarrow.binary()) for name, values in columns.items()}
+    table = pyarrow.table({name: pyarrow.Array.from_buffers(pyarrow.string(), 100, array.buffers())
+                           for name, array in arrays.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert tokenize(folder, tmp_path / "a.parquet", f"--out={tmp_path / 'out'}",
+                    "--val_fraction=0", "--exclude=url=http://y") == 3
+    assert read_source(tmp_path / "out")["train"] == [f"row {i}" for i in range(100) if i != 20]
+    assert "a.parquet: row 21 is not UTF-8" in capsys.readouterr().err
+
+
+def test_large_windows_of_zstandard_are_read(folder, tmp_path):
+    """Corpora are packed by `zstd --long=31`, which a reader by default refuses."""
+    options = {zstd.CompressionParameter.window_log: 31}
+    compressor = zstd.ZstdCompressor(options=options)
+    packed = compressor.compress(as_rows(DOCUMENTS)) + compressor.flush()
+    assert zstd.get_frame_info(packed).decompressed_size is None        # so the window is needed
+    put(tmp_path, {"a.jsonl.zst": packed})
+    assert tokenize(folder, tmp_path / "a.jsonl.zst", f"--out={tmp_path / 'out'}",
+                    "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out")["train"] == DOCUMENTS
+
+
 def test_many_bad_rows_are_counted_not_named(folder, tmp_path, capsys):
     """A wrong key in a corpus of a billion rows would fill the disk with complaints."""
     put(tmp_path, {"a.jsonl": as_rows(["x"] * 500, key="content") + GOOD})
@@ -300,17 +374,19 @@ def test_files_that_cannot_be_read_are_left_for_later(folder, tmp_path, monkeypa
     monkeypatch.setattr(prepare, "SHARD_BYTES", 1)
     put(tmp_path, {f"{k}.txt": f"text {k} " * 50 for k in range(4)})
     arguments = [tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0"]
-    real = prepare.Input.readinto
+    real = documents.Input.readinto
+
+    def dead_line():
+        raise ConnectionError("the line is dead")
 
     def readinto(self, buffer):
-        if self.described.name.endswith("1.txt"):
-            with self.trouble():
-                raise ConnectionError("the line is dead")
-        if self.described.name.endswith("2.txt"):
-            os.truncate(self.described.path, 3)
+        if self.file.name.endswith("1.txt"):
+            self.wrap_read_errors(dead_line)
+        if self.file.name.endswith("2.txt"):
+            os.truncate(self.file.path, 3)
         return real(self, buffer)
 
-    monkeypatch.setattr(prepare.Input, "readinto", readinto)
+    monkeypatch.setattr(documents.Input, "readinto", readinto)
     (tmp_path / "3.txt").rename(tmp_path / "3.old")
     listed = prepare.list_files
     (tmp_path / "3.old").rename(tmp_path / "3.txt")
@@ -324,7 +400,7 @@ def test_files_that_cannot_be_read_are_left_for_later(folder, tmp_path, monkeypa
     assert len(list((tmp_path / "out").glob("*.bin"))) == 2           # train and val of 0.txt
     (tmp_path / "3.old").rename(tmp_path / "3.txt")
     put(tmp_path, {"2.txt": "text 2 " * 50})
-    monkeypatch.setattr(prepare.Input, "readinto", real)
+    monkeypatch.setattr(documents.Input, "readinto", real)
     assert tokenize(folder, *arguments) == 0
     assert read_source(tmp_path / "out")["train"] == [f"text {k} " * 50 for k in range(4)]
 
@@ -350,7 +426,7 @@ def test_a_full_disk_ends_with_a_sentence_and_can_be_continued(folder, tmp_path)
         full = run(12_000, workers)
         assert full.returncode == 1 and "Traceback" not in full.stderr
         assert "out: File too large; " in full.stderr and "the same command" in full.stderr
-        assert not list((tmp_path / "out").glob("*.tmp"))
+        assert not list((tmp_path / "out").rglob("*.tmp"))
     assert run(0, 1).returncode == 0
     assert len(read_source(tmp_path / "out")["train"]) == len(DOCUMENTS) * 51
 
@@ -434,15 +510,16 @@ def test_a_finished_source_is_left_alone_and_other_input_refused(corpus, folder)
     assert tokenize(folder, "in/04.jsonl", "--out=free") == 0
 
 
-def test_a_unit_that_another_process_writes_is_not_touched(corpus, folder, monkeypatch):
-    """Two who write one file leave a mixture of both."""
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+def test_the_same_work_done_twice_at_the_same_time_does_no_harm(corpus, folder):
+    """A scheduler starts a job again, while the first one is still at it."""
     put(corpus, {"out/units/plan.json": b""})                    # begun, and torn
-    with open("out/units/00000.lock", "a") as file:
-        prepare.fcntl.flock(file, prepare.fcntl.LOCK_EX)
-        said = tokenize(folder, "in/01.jsonl", "--out=out")
-        assert "another process is writing unit 0" in said and not list(Path("out").glob("*.bin"))
-    assert tokenize(folder, "in/01.jsonl", "--out=out") == 0
+    twice = [start(folder, "in", "--workers=2", "--out=out") for _ in range(3)]
+    said = [process.communicate()[1] for process in twice]
+    assert {process.returncode for process in twice} == {3}, said
+    assert tokenize(folder, "in", "--out=whole") == 3
+    found, whole = contents(Path("out")), contents(Path("whole"))
+    found["source.json"] = found["source.json"].replace(b"--out=out", b"--out=whole")
+    assert found == whole
 
 
 def test_parts_may_begin_at_the_same_time(corpus, folder):
@@ -513,7 +590,7 @@ def test_a_killed_worker_ends_the_run_and_it_goes_on(corpus, folder):
         time.sleep(0.01)
     os.kill(found[-1], signal.SIGKILL)
     assert process.wait() == 1 and "a worker was killed" in process.stderr.read()
-    assert not Path("out/source.json").exists() and not list(Path("out").glob("*.tmp"))
+    assert not Path("out/source.json").exists() and not list(Path("out").rglob("*.tmp"))
 
 
 # --------------------------------------------------------------------------------------------------
