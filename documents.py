@@ -253,52 +253,49 @@ class Strict(InputError):
     """A row that gives no document, where --strict forbids that."""
 
 
-class SkipCounter:
-    """Counts rows that give no document. `messages` names the first that should have, and every
-    file that breaks off."""
+class TextReader:
+    """Reads the documents of Files and counts the rows that give none: `reasons` all of them, `lost`
+    those that should have. `messages` names the first of these and each file that breaks off. After
+    every megabyte or so report(n) is called, for n bytes of files read."""
 
-    def __init__(self, strict):
-        self.strict = strict
+    def __init__(self, files, row_filter, strict, report):
+        self.files, self.row_filter, self.strict, self.report = files, row_filter, strict, report
         self.reasons, self.lost, self.broken, self.messages = Counter(), 0, [], []
 
-    def count(self, skip, where):
-        self.reasons[skip.reason] += 1
-        if not skip.message:
-            return
-        message = f"{where} {skip.message}"
-        if self.strict:
+    def texts(self):
+        """Yields the documents. Raises Unreadable and Strict."""
+        for file in self.files:
+            reported = 0
+            with Input(file) as opened:
+                try:
+                    for where, parse, row in read_rows(file.name, opened, self.row_filter):
+                        try:
+                            yield parse(row)
+                        except Skip as skip:
+                            self.count(skip.reason, skip.message and f"{where} {skip.message}")
+                        read = min(opened.bytes_read, file.size)
+                        if read > reported + 10 ** 6:
+                            self.report(read - reported)
+                            reported = read
+                except (Unreadable, Strict, MemoryError):
+                    raise
+                except Exception as error:        # what a decoder raises is up to the decoder
+                    self.count("breaks off", f"{file.name} breaks off, and what comes is lost: "
+                               f"{error}")
+            self.report(file.size - reported)
+
+    def count(self, reason, message):
+        self.reasons[reason] += 1
+        if message and self.strict:
             raise Strict(f"{message} (--strict)")
-        self.lost += 1
-        if skip.reason == "breaks off":
-            self.broken.append(message)
-        if self.lost <= NAMED_ROWS or skip.reason == "breaks off":
-            self.messages.append(message)
-        elif self.lost == NAMED_ROWS + 1:
-            self.messages.append("more rows like these are counted, and not named")
-
-
-def read_texts(files, row_filter, skips, report):
-    """Yields the documents of Files, counts the other rows in `skips`, and calls report(n) for each
-    n bytes of files read, every megabyte or so. Raises Unreadable and Strict."""
-    for file in files:
-        reported = 0
-        with Input(file) as opened:
-            try:
-                for where, parse, row in read_rows(file.name, opened, row_filter):
-                    try:
-                        yield parse(row)
-                    except Skip as skip:
-                        skips.count(skip, where)
-                    read = min(opened.bytes_read, file.size)
-                    if read > reported + 10 ** 6:
-                        report(read - reported)
-                        reported = read
-            except (Unreadable, Strict, MemoryError):
-                raise
-            except Exception as error:        # what a decoder raises is up to the decoder
-                skips.count(Skip("breaks off", f"breaks off, and what comes is lost: {error}"),
-                            file.name)
-        report(file.size - reported)
+        if message:
+            self.lost += 1
+            if reason == "breaks off":
+                self.broken.append(message)
+            if self.lost <= NAMED_ROWS or reason == "breaks off":
+                self.messages.append(message)
+            elif self.lost == NAMED_ROWS + 1:
+                self.messages.append("more rows like these are counted, and not named")
 
 
 def read_rows(name, opened, row_filter):
@@ -346,12 +343,12 @@ def to_rows(batch):
 
 def all_texts(files, row_filter, strict=False):
     """The documents of Files as a list, and how many rows were lost. Exits if there is none."""
-    skips = SkipCounter(strict)
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading",
               disable=None) as bar:
-        texts = list(read_texts(files, row_filter, skips, bar.update))
-    for message in skips.messages:
+        reader = TextReader(files, row_filter, strict, bar.update)
+        texts = list(reader.texts())
+    for message in reader.messages:
         print(message, file=sys.stderr)
     if not texts:
         sys.exit("there is no text in these files")
-    return texts, skips.lost
+    return texts, reader.lost

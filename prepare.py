@@ -43,17 +43,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
-from documents import (
-    FORMATS,
-    RowFilter,
-    SkipCounter,
-    Strict,
-    Unreadable,
-    all_texts,
-    hash_to_unit,
-    list_files,
-    read_texts,
-)
+from documents import RowFilter, Strict, TextReader, Unreadable, all_texts, hash_to_unit, list_files
 from files import InputError, atomic_write, read_json, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
@@ -249,15 +239,14 @@ def write_shard(i, corpus, encoder, scratch, strict, report):
     """Writes the token files of shard i, in the folder `scratch` until they are whole, and then its
     record; returns messages about lost rows. Raises Unreadable, Strict or OSError, and then the
     shard is not done."""
-    skips = SkipCounter(strict)
-    texts = read_texts(corpus.shards()[i], corpus.row_filter, skips, report)
-    info = write_texts(Path(scratch), i, texts, encoder, corpus.val_fraction)
+    reader = TextReader(corpus.shards()[i], corpus.row_filter, strict, report)
+    info = write_texts(Path(scratch), i, reader.texts(), encoder, corpus.val_fraction)
     for split in SPLITS:
         name = f"{split}_{i:05}.bin"
         os.replace(Path(scratch, name), corpus.out / name)
     write_json(corpus.record(i), info | {
-        "skipped": dict(skips.reasons), "lost": skips.lost, "broken": skips.broken})
-    return skips.messages
+        "skipped": dict(reader.reasons), "lost": reader.lost, "broken": reader.broken})
+    return reader.messages
 
 
 def start_worker(corpus, scratch, strict, bytes_read, stop):
@@ -507,8 +496,8 @@ def parse_args(argv):
     p.add_argument("--vocab_size", type=int, default=4096)
 
     reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("files", nargs="+", help=f"files, folders or patterns: {FORMATS}; of "
-                         "any filesystem that fsspec opens")
+    reading.add_argument("files", nargs="+", help="files, folders or patterns, of any filesystem "
+                         "that fsspec opens: .txt, .jsonl, .json, also as .gz or .zst; .parquet")
     reading.add_argument("--text_key", default="text",
                          help="the key or column of the text; a.b for b in a (%(default)s)")
     reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",

@@ -197,6 +197,26 @@ def more_than_one_newline(parsed):
     piece.piece, piece.score = "\n\n", -0.1
 
 
+def runs_of_spaces(parsed, last=True):
+    """As in Llama's vocabulary: tokens of 2 to 16 spaces with one score. The token of a single
+    space comes later."""
+    pieces = [piece for piece in parsed.pieces if set(piece.piece) != {"▁"}]
+    single = next(piece for piece in parsed.pieces if piece.piece == "▁")
+    runs = [type(single)(piece="▁" * n, score=-1e9) for n in range(2, 17)]
+    del parsed.pieces[:]
+    parsed.pieces.extend([*pieces[:259], *[single] * (not last), *runs, *pieces[259:],
+                          *[single] * last])
+
+
+def space_before_its_runs(parsed):
+    runs_of_spaces(parsed, last=False)
+
+
+def some_runs_of_spaces(parsed):
+    runs_of_spaces(parsed)
+    del parsed.pieces[262]
+
+
 def unused(parsed):
     parsed.pieces[400].type = 5
 
@@ -205,8 +225,26 @@ def spaces_stay(parsed):
     parsed.normalizer_spec.escape_whitespaces = False
 
 
+def test_runs_of_spaces_may_have_equal_scores(tmp_path, unchecked):
+    """Llama's own vocabulary has them, and would otherwise get no tokenizer.json."""
+    parsed = tokenizer.parse_model(train(**LLAMA))
+    runs_of_spaces(parsed)
+    model, rng = parsed.SerializeToString(), random.Random(0)
+    tokenizer.write_tokenizer(tmp_path, model)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    encoder = tokenizer.Encoder(model)
+    texts = [*(" " * n for n in range(70)), *random_texts(encoder.sp, 100), *(
+        "".join(rng.choices([" ", "  ", " " * 15, " " * 17, "the", "\n", "x"], k=9))
+        for _ in range(300))]
+    for text in texts:
+        if not any(special in text for special in ("<s>", "</s>", "<unk>")):
+            assert theirs.encode(text, add_special_tokens=False).ids == encoder.sp.encode(text)
+    same_ids(encoder, texts)
+    assert encoder.backend == "gigatoken"
+
+
 @pytest.mark.parametrize("edit", [equal_scores, without_characters, more_than_one_newline, unused,
-                                  spaces_stay])
+                                  spaces_stay, space_before_its_runs, some_runs_of_spaces])
 def test_vocabularies_that_merges_cannot_express(edit, tmp_path):
     """Vocabularies put together from two models (Chinese-LLaMA's) have equal scores, where
     SentencePiece takes the merge further left; and it merges characters that are no tokens."""

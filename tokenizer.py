@@ -1,14 +1,13 @@
 """Llama's kind of tokenizer: train one, load one, write it for other programs, encode documents.
 
 Byte-pair encoding (BPE) starts from the characters of a text and merges two neighbours, again and
-again, whenever together they are a token of the vocabulary, the token with the best score first.
-With a vocabulary of " the", "th", "he" and single characters, " them" becomes " the" and "m". A
-character that the vocabulary lacks becomes its UTF-8 bytes, for which there are 256 tokens, so any
-text can be encoded, and decoding gives it back. SentencePiece writes a space as U+2581 and puts one
-in front of each text.
+again, whenever together they are a token of the vocabulary, the token with the best score first. Of
+the tokens "th", "the", " the" and single characters, " them" becomes " the" and "m". A character
+that is no token becomes its UTF-8 bytes, for which there are 256 tokens: any text can be encoded.
+SentencePiece, which defines the ids, writes a space as U+2581 and puts one in front of each text.
 
-SentencePiece decides what the ids are. gigatoken, where it is installed, finds the same ids several
-times faster; it is young, so the first documents of each shard are encoded by both.
+gigatoken, where it is installed, finds the same ids several times faster. It is young, so the first
+documents of each shard are encoded by both.
 """
 import io
 import json
@@ -106,33 +105,36 @@ def parse_model(model):
 
 
 def llama_style(model):
-    """Whether tokenizer.json can say the same as a SentencePiece model (bytes): BPE with byte
-    fallback that changes nothing but spaces to U+2581, with one put in front."""
+    """Whether tokenizer.json can express a SentencePiece model (bytes): BPE with byte fallback that
+    changes nothing but spaces to U+2581, with one put in front, and whose merges have an order."""
     parsed = parse_model(model)
-    trainer, normalizer = parsed.trainer_spec, parsed.normalizer_spec
-    piece_type = type(parsed).SentencePiece
-    normal = [piece for piece in parsed.pieces if piece.type == piece_type.NORMAL]
-    characters = {piece.piece for piece in normal if len(piece.piece) == 1}
-    merged = [piece for piece in normal if len(piece.piece) > 1]
+    trainer, normalizer, kinds = parsed.trainer_spec, parsed.normalizer_spec, parsed.SentencePiece
+    ids = {piece.piece: i for i, piece in enumerate(parsed.pieces) if piece.type == kinds.NORMAL}
+    characters, by_score = {piece for piece in ids if len(piece) == 1}, {}
+    for piece in ids.keys() - characters:
+        if not characters.issuperset(piece):    # SentencePiece merges characters without a token
+            return False
+        by_score.setdefault(parsed.pieces[ids[piece]].score, []).append(piece)
+    for tied in by_score.values():
+        # Of two merges with equal scores SentencePiece takes the one further left, a list the one
+        # listed first. In Llama's only runs of 2, 3, ... spaces tie, whose ids are the same either
+        # way if the single space has a higher id.
+        if len(tied) > 1 and (sorted(tied) != [SPACE * n for n in range(2, len(tied) + 2)]
+                              or ids[SPACE] < max(ids[piece] for piece in tied)):
+            return False
     return (trainer.model_type == trainer.BPE and trainer.byte_fallback
             and not trainer.treat_whitespace_as_suffix
             and not normalizer.precompiled_charsmap and normalizer.add_dummy_prefix
             and not normalizer.remove_extra_whitespaces and normalizer.escape_whitespaces
-            and {piece.type for piece in parsed.pieces} <= {
-                piece_type.NORMAL, piece_type.UNKNOWN, piece_type.CONTROL, piece_type.BYTE}
-            # Of two merges with equal scores SentencePiece takes the one further left, and it also
-            # merges characters that are no tokens; a list of merges can say neither.
-            and len({piece.score for piece in merged}) == len(merged)
-            and all(characters.issuperset(piece.piece) for piece in merged))
+            and {piece.type for piece in parsed.pieces}
+            <= {kinds.NORMAL, kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE})
 
 
 def tokenizer_json(sp):
     """The contents of tokenizer.json, a dict, for the processor of a llama_style model.
 
-    SentencePiece merges the neighbours whose token has the best score; tokenizer.json has a list
-    of pairs, best first. So the list holds each way to write a token as two others, by the score of
-    the token.
-    """
+    SentencePiece merges the neighbours whose token has the best score, tokenizer.json the first of
+    a list of pairs. So the list has each way to write a token as two others, by its score."""
     size = len(sp)
     vocab = {sp.id_to_piece(i): i for i in range(size)}
     merges = []
@@ -143,7 +145,8 @@ def tokenizer_json(sp):
                        if a in vocab and b in vocab]
     special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
     bos = sp.id_to_piece(sp.bos_id())
-    frame = [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    frame = [{"SpecialToken": {"id": bos, "type_id": 0}},
+             *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")]
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [
@@ -155,9 +158,7 @@ def tokenizer_json(sp):
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": frame + [{"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": frame + [{"Sequence": {"id": "A", "type_id": 0}},
-                             {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": frame[:2], "pair": frame,
             "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}}},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -194,19 +195,15 @@ def write_tokenizer(folder, model):
 # --------------------------------------------------------------------------------------------------
 # Encoding
 
-CHECKED = 100               # documents of each call of encode() that SentencePiece encodes, too
+CHECKED = 100               # documents that both encode, in each call of Encoder.encode
 CACHE_CHARS = 64 * 10 ** 6  # after so many characters gigatoken's cache, up to 0.5 GB, starts anew
 PART_CHARS = 10 ** 6        # SentencePiece needs 40 times a text's memory: it gets it in such parts
 
 
 class Encoder:
-    """Encodes documents with a SentencePiece model, given as bytes or as a path. The ids are those
-    of SentencePieceProcessor.encode, in a token file's form: little-endian uint16, or uint32 for
-    more than 65,536 tokens.
-
-    Attributes: sp (the processor), dtype, tokenizer_sha256, backend ("gigatoken" or
-    "sentencepiece").
-    """
+    """Encodes documents by a SentencePiece model, given as bytes or as a path. The ids are those of
+    SentencePieceProcessor.encode, in a token file's form: little-endian uint16, or uint32 for more
+    than 65,536 tokens. `backend` is "gigatoken" or "sentencepiece"."""
 
     def __init__(self, model):
         if not isinstance(model, bytes):
@@ -215,12 +212,10 @@ class Encoder:
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
-        merges_newline = any(
-            "\n" in self.sp.id_to_piece(i) != "\n" for i in range(len(self.sp)))
-        self.can_split = llama_style(model) and not merges_newline
-        self.backend, self.gigatoken = "sentencepiece", None
-        if GigaTokenizer and llama_style(model):
-            self.backend = "gigatoken"
+        is_llama, tokens = llama_style(model), map(self.sp.id_to_piece, range(len(self.sp)))
+        self.newline_is_apart = is_llama and not any("\n" in token != "\n" for token in tokens)
+        self.backend = "gigatoken" if is_llama and GigaTokenizer else "sentencepiece"
+        if self.backend == "gigatoken":
             # without special tokens, so that a literal "</s>" in a text stays text
             self.json = json.dumps(tokenizer_json(self.sp) | {"added_tokens": []})
             self.renew_gigatoken()
@@ -230,9 +225,9 @@ class Encoder:
 
     def encode(self, texts):
         """Yields (text, its ids as bytes) for each of any number of texts."""
-        use_gigatoken = self.gigatoken is not None
+        by_gigatoken = self.backend == "gigatoken"
         for k, text in enumerate(texts):
-            if use_gigatoken:
+            if by_gigatoken:
                 ids = self.gigatoken.encode(text)
                 self.cached_chars += len(text)
                 if self.cached_chars > CACHE_CHARS:
@@ -240,23 +235,21 @@ class Encoder:
                 if k < CHECKED and not np.array_equal(ids, self.encode_by_sentencepiece(text)):
                     print(f"gigatoken's ids are wrong for {text[:80]!r}: SentencePiece encodes "
                           "alone from here", file=sys.stderr)
-                    use_gigatoken = False
-            if not use_gigatoken:
+                    by_gigatoken = False
+            if not by_gigatoken:
                 ids = self.encode_by_sentencepiece(text)
             yield text, np.asarray(ids, self.dtype).tobytes()
 
     def encode_by_sentencepiece(self, text):
-        """The ids of a text as SentencePiece gives them."""
-        if not self.can_split or len(text) <= PART_CHARS:
+        """The ids of a text. A long one is encoded in parts that begin with a newline: where that
+        merges with nothing, only the space that SentencePiece puts in front has to go."""
+        if not self.newline_is_apart or len(text) <= PART_CHARS:
             return self.sp.encode(text)
-        # Nothing merges with a newline, so a part may begin with one. Only the space that
-        # SentencePiece puts in front of each part has to go.
-        prefix = len(self.sp.encode("\n")) - 1
-        parts, start = [], 0
+        space, parts, start = len(self.sp.encode("\n")) - 1, [], 0
         while start < len(text):
             stop = text.find("\n", start + PART_CHARS)
             stop = stop if stop > 0 else len(text)
             ids = self.sp.encode(text[start:stop])
-            parts.append(np.array(ids[prefix if start else 0:], self.dtype))
+            parts.append(np.array(ids[space:] if start else ids, self.dtype))
             start = stop
         return np.concatenate(parts)
