@@ -13,6 +13,7 @@ import io
 import json
 import os
 import sys
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -109,12 +110,14 @@ def llama_style(model):
     changes nothing but spaces to U+2581, with one put in front, and whose merges have an order."""
     parsed = parse_model(model)
     trainer, normalizer, kinds = parsed.trainer_spec, parsed.normalizer_spec, parsed.SentencePiece
-    ids = {piece.piece: i for i, piece in enumerate(parsed.pieces) if piece.type == kinds.NORMAL}
-    characters, by_score = {piece for piece in ids if len(piece) == 1}, {}
-    for piece in ids.keys() - characters:
-        if not characters.issuperset(piece):    # SentencePiece merges characters without a token
-            return False
-        by_score.setdefault(parsed.pieces[ids[piece]].score, []).append(piece)
+    ids, by_score = {}, {}
+    for i, piece in enumerate(parsed.pieces):
+        if piece.type == kinds.NORMAL:
+            ids[piece.piece] = i
+            if len(piece.piece) > 1:
+                by_score.setdefault(piece.score, []).append(piece.piece)
+    if not set("".join(ids)) <= ids.keys():     # SentencePiece merges characters without a token
+        return False
     for tied in by_score.values():
         # Of two merges with equal scores SentencePiece takes the one further left, a list the one
         # listed first. In Llama's only runs of 2, 3, ... spaces tie, whose ids are the same either
@@ -135,14 +138,15 @@ def tokenizer_json(sp):
 
     SentencePiece merges the neighbours whose token has the best score, tokenizer.json the first of
     a list of pairs. So the list has each way to write a token as two others, by its score."""
-    size = len(sp)
-    vocab = {sp.id_to_piece(i): i for i in range(size)}
-    merges = []
-    for piece, i in vocab.items():
+    size, merges = len(sp), []
+    tokens = [sp.id_to_piece(i) for i in range(size)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    for i, token in enumerate(tokens):
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)):
-            pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
-            merges += [(-sp.get_score(i), vocab[a], vocab[b], a, b) for a, b in pairs
-                       if a in vocab and b in vocab]
+            for k in range(1, len(token)):
+                left, right = vocab.get(token[:k]), vocab.get(token[k:])
+                if left is not None and right is not None:
+                    merges.append((-sp.get_score(i), left, right))
     special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
     bos = sp.id_to_piece(sp.bos_id())
     frame = [{"SpecialToken": {"id": bos, "type_id": 0}},
@@ -150,7 +154,7 @@ def tokenizer_json(sp):
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [
-            {"id": i, "content": sp.id_to_piece(i), "single_word": False, "lstrip": False,
+            {"id": i, "content": tokens[i], "single_word": False, "lstrip": False,
              "rstrip": False, "normalized": False, "special": True} for i in special],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": SPACE},
@@ -167,7 +171,14 @@ def tokenizer_json(sp):
         "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()),
                   "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None, "vocab": vocab,
-                  "merges": [[a, b] for *_, a, b in sorted(merges)]}}
+                  "merges": [[tokens[a], tokens[b]] for _, a, b in sorted(merges)]}}
+
+
+@lru_cache(1)
+def export(model):
+    """What tokenizer_json gives for a SentencePiece model (bytes); None if it cannot express it."""
+    if llama_style(model):
+        return tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=model))
 
 
 def write_tokenizer(folder, model):
@@ -176,13 +187,14 @@ def write_tokenizer(folder, model):
     folder = Path(folder)
     with atomic_write(folder / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
-    if not llama_style(model):
+    contents = export(model)
+    if contents is None:
         print("tokenizer.json is left out, as it cannot express this tokenizer: "
               "transformers needs its own files")
         return
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     with atomic_write(folder / "tokenizer.json") as temporary:
-        temporary.write_text(json.dumps(tokenizer_json(sp), ensure_ascii=False), "utf-8")
+        temporary.write_text(json.dumps(contents, ensure_ascii=False), "utf-8")
     # not LlamaTokenizer: in transformers 5 that class splits leading spaces differently than
     # SentencePiece
     write_json(folder / "tokenizer_config.json", {
@@ -212,12 +224,12 @@ class Encoder:
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
-        is_llama, tokens = llama_style(model), map(self.sp.id_to_piece, range(len(self.sp)))
-        self.newline_is_apart = is_llama and not any("\n" in token != "\n" for token in tokens)
-        self.backend = "gigatoken" if is_llama and GigaTokenizer else "sentencepiece"
+        contents, tokens = export(model), map(self.sp.id_to_piece, range(len(self.sp)))
+        self.newline_is_apart = contents and not any("\n" in token != "\n" for token in tokens)
+        self.backend = "gigatoken" if contents and GigaTokenizer else "sentencepiece"
         if self.backend == "gigatoken":
             # without special tokens, so that a literal "</s>" in a text stays text
-            self.json = json.dumps(tokenizer_json(self.sp) | {"added_tokens": []})
+            self.json = json.dumps(contents | {"added_tokens": []})
             self.renew_gigatoken()
 
     def renew_gigatoken(self):
