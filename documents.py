@@ -1,4 +1,4 @@
-"""Text files to documents: which files a path names, what is in them, which rows are taken.
+"""Where documents come from: text files, or the library of this Python.
 
 A .txt file is one document, a .jsonl file has one per line, a .parquet file one per row. What goes
 wrong is of two kinds. A row that should be a document and is none, or a file that breaks off in the
@@ -6,16 +6,22 @@ middle, is skipped, counted and named: a bad line in a terabyte neither stops th
 unnoticed. A file that cannot be read, as it vanished or a connection broke, raises Unreadable:
 another time it may be read.
 """
+import ast
+import contextlib
 import gzip
+import importlib
+import inspect
 import io
 import json
 import os
 import re
 import sys
+import sysconfig
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
@@ -39,6 +45,7 @@ FORMAT = re.compile(r"\.(txt|jsonl?|parquet(?=$))(\.gz|\.zst)?$", re.IGNORECASE)
 FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
            "per row), each but .parquet also as .gz or .zst")
 DESCRIPTION = re.compile(r"(^|/)dataset_infos?\.json$")       # lies beside many data sets: no text
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Unreadable(InputError):
@@ -89,7 +96,7 @@ def list_files(paths, out=None):
 def find_files(fs, path):
     """{path: size} of the files of a known format that a path, folder or pattern names, at any
     depth. Links are followed; names that begin with a dot below the path are skipped. Raises
-    OSError for a folder that may not be read, and for a link to nothing."""
+    OSError for a folder that may not be read, and for what stands for a file that is not there."""
     local, is_folder = isinstance(fs, LocalFileSystem), fs.isdir(path)
     todo = {path: fs.info(path)} if is_folder or fs.isfile(path) else fs.glob(path, detail=True)
     fixed = len(path if path in todo else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
@@ -105,8 +112,10 @@ def find_files(fs, path):
                 todo |= ({entry["name"]: entry for entry in fs.ls(name, detail=True)} if local
                          else fs.find(name, detail=True))
         elif FORMAT.search(name):
-            if local and not os.path.exists(name):
-                raise FileNotFoundError(f"{name} is a link to a file that does not exist")
+            if local and not os.path.isfile(name):
+                raise FileNotFoundError(f"{name} is a link to a file that is not there, or no file")
+            if local and info["size"] < 1024 and Path(name).read_bytes().startswith(LFS_POINTER):
+                raise FileNotFoundError(f"{name} is a Git LFS pointer, not the file: git lfs pull")
             found[name] = info["size"] or 0
     return found
 
@@ -141,8 +150,6 @@ class Input(io.RawIOBase):
         if not read and len(buffer) and self.tell() < self.file.size:
             raise Unreadable(f"{self.file.name} ends after {self.tell():,} bytes, and it had "
                              f"{self.file.size:,} when it was listed")
-        if not self.bytes_read and read.startswith(b"version https://git-lfs.github.com/spec/"):
-            raise Unreadable(f"{self.file.name} is a Git LFS pointer, not the file: git lfs pull")
         buffer[:len(read)] = read
         self.bytes_read += len(read)
         return len(read)
@@ -254,9 +261,9 @@ class Strict(InputError):
 
 
 class TextReader:
-    """Reads the documents of Files and counts the rows that give none: `reasons` all of them, `lost`
-    those that should have. `messages` names the first of these and each file that breaks off. After
-    every megabyte or so report(n) is called, for n bytes of files read."""
+    """Reads the documents of Files and counts the rows that give none: all of them in `reasons`, in
+    `lost` those that should have. `messages` names the first of these and each file that breaks
+    off. About every megabyte report(n) is called, for n bytes of files read."""
 
     def __init__(self, files, row_filter, strict, report):
         self.files, self.row_filter, self.strict, self.report = files, row_filter, strict, report
@@ -352,3 +359,54 @@ def all_texts(files, row_filter, strict=False):
     if not texts:
         sys.exit("there is no text in these files")
     return texts, reader.lost
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents without a download: every Python has its documentation and its source
+
+def library_modules():
+    """The source text of the standard library's modules, {name: text}, without tests, bundled
+    copies and tables."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor",
+            "pydoc_data", "__pycache__", "encodings"}
+    modules = {}
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if not skip & set(parts) and not parts[0].startswith("config-"):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                modules["/".join(parts)] = path.read_text("utf-8")
+    return modules
+
+
+def documentation():
+    """The texts that help() shows of Python's keywords and topics."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [inspect.cleandoc(topics[name]) for name in sorted(topics)]
+
+
+def split_docstrings(source):
+    """(docstrings, the source without them): no text of the one is in the other. Raises
+    SyntaxError."""
+    tree, raw = ast.parse(source), source.encode()
+    starts = [0]
+    for line in raw.split(b"\n"):
+        starts.append(starts[-1] + len(line) + 1)
+    docs = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef,
+                             ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            expr, only = node.body[0], len(node.body) == 1
+            cut = (starts[expr.lineno - 1] + expr.col_offset,
+                   starts[expr.end_lineno - 1] + expr.end_col_offset)
+            docs.append((*cut, only, ast.get_docstring(node)))
+    docs.sort()
+    for start, stop, only, _ in reversed(docs):
+        begin, end = raw.rfind(b"\n", 0, start) + 1, raw.find(b"\n", stop) + 1 or len(raw)
+        if only or raw[begin:start].strip() or raw[stop:end].strip():
+            raw = raw[:start] + b"pass" + raw[stop:]
+        else:
+            raw = raw[:begin] + raw[end:]
+    code = raw.decode()
+    ast.parse(code)
+    return [doc for *_, doc in docs], code

@@ -18,10 +18,7 @@ any number of workers on any number of machines, stopped and started as often as
 the same bytes, and a shard that is written twice does no harm.
 """
 import argparse
-import ast
 import contextlib
-import importlib
-import inspect
 import multiprocessing
 import os
 import re
@@ -43,7 +40,8 @@ import sentencepiece
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
-from documents import RowFilter, Strict, TextReader, Unreadable, all_texts, hash_to_unit, list_files
+from documents import (RowFilter, Strict, TextReader, Unreadable, all_texts, documentation,
+                       hash_to_unit, library_modules, list_files, split_docstrings)
 from files import InputError, atomic_write, read_json, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
@@ -87,30 +85,20 @@ def write_metadata(folder, model, info, val_fraction, more):
 
 
 def write_source(out, texts, model, val_fraction, origin):
-    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, whole or
-    not at all."""
-    with atomic_folder(Path(out)) as folder:
-        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
-        write_metadata(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
-    print_counts(out, info)
-
-
-@contextlib.contextmanager
-def atomic_folder(out):
-    """A temporary folder that becomes `out`, in place of what was there, when `with` ends without
-    an error."""
-    temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
+    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, in place of
+    what was there, whole or not at all."""
+    out = Path(out)
+    temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if out.exists():
-        out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        info = write_texts(temporary, 0, texts, Encoder(model), val_fraction)
+        write_metadata(temporary, model, info, val_fraction, {"from": origin, "command": sys.argv})
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print_counts(out, info)
 
 
 def print_counts(out, info):
@@ -210,12 +198,10 @@ def compare_plans(out, old, new):
     """Exits unless the two plans are the same, and says what differs."""
     if old is None:
         sys.exit(f"{out} exists already: remove it first, or choose another --out")
-    differs = [f"{key} was {old.get(key)} and is {new[key]}" for key in new
-               if old.get(key) != new[key] and key not in ("listing", "tokenizer")]
-    if old.get("tokenizer") != new["tokenizer"]:
-        differs.append("it is another tokenizer")
-    if old.get("listing") != new["listing"]:
-        differs.append("the files have other names or sizes")
+    words = {"tokenizer": "it is another tokenizer",
+             "listing": "the files have other names or sizes"}
+    differs = [words.get(key, f"{key} was {old.get(key)} and is {new[key]}")
+               for key in new if old.get(key) != new[key]]
     if differs:
         sys.exit(f"{out} was made, or begun, from other input: {'; '.join(differs)}. Give the "
                  "command that began it, remove the folder, or choose another --out")
@@ -405,55 +391,7 @@ def show(sp, ids):
 
 
 # --------------------------------------------------------------------------------------------------
-# The embedded corpus: every Python has its documentation and its source
-
-def library_modules():
-    """The source text of the standard library's modules, {name: text}, without tests, bundled
-    copies and tables."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor",
-            "pydoc_data", "__pycache__", "encodings"}
-    modules = {}
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if not skip & set(parts) and not parts[0].startswith("config-"):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                modules["/".join(parts)] = path.read_text("utf-8")
-    return modules
-
-
-def documentation():
-    """The texts that help() shows of Python's keywords and topics."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return [inspect.cleandoc(topics[name]) for name in sorted(topics)]
-
-
-def split_docstrings(source):
-    """(docstrings, the source without them): no text of the one is in the other. Raises
-    SyntaxError."""
-    tree, raw = ast.parse(source), source.encode()
-    starts = [0]
-    for line in raw.split(b"\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    docs = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef,
-                             ast.AsyncFunctionDef)) and ast.get_docstring(node):
-            expr, only = node.body[0], len(node.body) == 1
-            cut = (starts[expr.lineno - 1] + expr.col_offset,
-                   starts[expr.end_lineno - 1] + expr.end_col_offset)
-            docs.append((*cut, only, ast.get_docstring(node)))
-    docs.sort()
-    for start, stop, only, _ in reversed(docs):
-        begin, end = raw.rfind(b"\n", 0, start) + 1, raw.find(b"\n", stop) + 1 or len(raw)
-        if only or raw[begin:start].strip() or raw[stop:end].strip():
-            raw = raw[:start] + b"pass" + raw[stop:]
-        else:
-            raw = raw[:begin] + raw[end:]
-    code = raw.decode()
-    ast.parse(code)
-    return [doc for *_, doc in docs], code
-
+# The demo
 
 def stdlib_corpus():
     """(prose, code), lists of documents. Prose: each documentation topic and each docstring. Code:
