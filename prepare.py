@@ -12,10 +12,10 @@ that meets the frame in training begins at <s> when it generates and knows where
 Whether a document is for validation follows from a hash of its text, so the same text is never in
 both splits, whatever is added or reordered.
 
-A corpus may be a terabyte in ten thousand files. It is divided into shards, runs of whole files. A
-shard becomes one train_%05d.bin and one val_%05d.bin, whose bytes follow from its files alone. So
-any number of workers on any number of machines, stopped and started as often as one likes, write
-the same bytes, and a shard that is written twice does no harm.
+A corpus may be a terabyte in ten thousand files. A shard of it, a run of whole files, becomes one
+train_%05d.bin and one val_%05d.bin, whose bytes follow from these files alone. So any number of
+workers on any number of machines, stopped and started as often as one likes, write the same bytes,
+and a shard that is written twice does no harm.
 """
 import argparse
 import contextlib
@@ -85,8 +85,8 @@ def write_metadata(folder, model, info, val_fraction, more):
 
 
 def write_source(out, texts, model, val_fraction, origin):
-    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, in place of
-    what was there, whole or not at all."""
+    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, which
+    replaces what was there once it is whole."""
     out = Path(out)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -113,8 +113,8 @@ def print_counts(out, info):
 # --------------------------------------------------------------------------------------------------
 # A corpus and its shards
 #
-# While a source is being written, its folder holds units/ with plan.json, which says what is being
-# written, and a record %05d.json of each shard that is done. At the end source.json replaces them.
+# While a source is being written, its folder holds units/, with plan.json, which says what is being
+# written, and a record %05d.json of each shard that is done. At the end source.json replaces it.
 
 SHARD_BYTES = 10 ** 9      # of files, which become one train_%05d.bin and one val_%05d.bin
 
@@ -169,8 +169,8 @@ class Corpus:
 
 
 def begin(corpus):
-    """Makes the folder, or finds in it the beginning of the same work; True if that is complete.
-    Exits if it holds anything else."""
+    """Whether the source is complete already. If not, its folder is there afterwards, with a plan.
+    Exits if the folder holds anything else than the beginning of the same work."""
     out, plan, units = corpus.out, corpus.plan(), corpus.out / "units"
     if out.exists() and not out.is_dir():
         sys.exit(f"{out} is a file: choose another --out")
@@ -211,7 +211,7 @@ def remove_tokens(out):
     """Removes the token files of shards, when they are not to be used."""
     for path in out.glob("*.bin"):
         if re.fullmatch(r"(train|val)_\d{5,}\.bin", path.name):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def remove_leftovers(out):
@@ -237,10 +237,9 @@ def write_shard(i, corpus, encoder, scratch, strict, report):
 
 def start_worker(corpus, scratch, strict, bytes_read, stop):
     """Makes this process ready for write_shard_in_worker. `bytes_read` and `stop` are numbers in
-    shared memory, without a lock that a killed worker could leave locked; should an addition get
-    lost, it is only the progress bar's."""
+    shared memory, without a lock, which a killed worker could leave locked."""
     def report(n):
-        bytes_read.value += n
+        bytes_read.value += n           # an addition may get lost: it is only a progress bar
         if stop.value:
             sys.exit()
 
@@ -314,7 +313,6 @@ def merge_shards(corpus):
                 "lost": sum(record["lost"] for record in records),
                 "broken": [name for record in records for name in record["broken"]],
                 "plan": corpus.plan()})
-            remove_leftovers(out)
         except SystemExit:
             remove_tokens(out)
             remove_leftovers(out)
@@ -324,12 +322,14 @@ def merge_shards(corpus):
         except (InputError, OSError):
             if not source.exists():                  # else another process has just done the same
                 raise
-    return read_json(source) if source.exists() else None
+    if source.exists():
+        remove_leftovers(out)
+        return read_json(source)
 
 
 def tokenize(corpus, part, parts, workers, strict):
-    """Does one of the parts of a corpus, and makes a source of it once all are done. Exits by 3 if
-    rows were lost, by 1 if files could not be read or the work was stopped."""
+    """Does one of the parts of a corpus, and makes a source of it once all are done. Exits with
+    3 if rows were lost, with 1 if files could not be read or the work was stopped."""
     out, n, unread = corpus.out, len(corpus.shards()), []
     mine = range(part - 1, n, parts)
     if not begin(corpus):
@@ -414,7 +414,7 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
                  "use one that has, or tokenize own text")
     print(f"this Python's library: {len(prose)} documents of prose, {len(code)} of code")
     model = train_tokenizer([text for text in prose + code
-                             if not hash_to_unit(text.encode()) < val_fraction], vocab_size)
+                             if hash_to_unit(text.encode()) >= val_fraction], vocab_size)
     origin = f"the library of Python {sys.version.split()[0]}"
     for name, texts in ("demo-prose", prose), ("demo-code", code):
         bar = tqdm(texts, desc=name, disable=None)
@@ -510,8 +510,6 @@ def run_tokenize(args, row_filter):
 
 def main(argv):
     args = parse_args(argv)
-    # file names and texts may hold what a terminal or a pipe cannot show
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.command == "demo":
             demo(args.data_dir, args.vocab_size)
@@ -532,4 +530,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no text
     main(sys.argv[1:])

@@ -179,18 +179,18 @@ def test_links_are_followed(folder, tmp_path, monkeypatch):
     assert ".cache/in/1.txt and .cache/in/2.txt are the same file" in said
 
 
-def test_names_that_are_not_utf8_are_escaped(folder, tmp_path, monkeypatch, capsys):
+def test_names_that_are_not_utf8_are_escaped(folder, tmp_path):
     """Copies from old disks have names in Latin-1, which neither a terminal nor JSON can write."""
-    monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"caf\xe9")
     put(tmp_path, {f"in/{name}.txt": "from an old disk", f"in/{name}.jsonl": as_rows(["x"]) + b"{"})
     put(tmp_path, {f"{name}.model": (folder / "tokenizer.model").read_bytes()})
-    with pytest.raises(SystemExit) as error:
-        prepare.main(["tokenize", "in", f"--tokenizer={name}.model", "--out=out", "--workers=1",
-                      "--val_fraction=0"])
-    assert error.value.code == 3 and "caf\\xe9.jsonl:2 is not JSON" in capsys.readouterr().err
-    assert read_source(tmp_path / "out")["train"] == ["x", "from an old disk"]
-    assert tokenize(folder, f"in/{name}.txt", f"--out={name}", "--val_fraction=0") == 0
+    run = subprocess.run(
+        [sys.executable, HERE / "prepare.py", "tokenize", "in", f"--tokenizer={name}.model",
+         f"--out={name}", "--workers=1", "--val_fraction=0"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert run.returncode == 3 and "in/caf\\xe9.jsonl:2 is not JSON" in run.stderr
+    assert "caf\\udce9:" in run.stdout
+    assert read_source(tmp_path / name)["train"] == ["x", "from an old disk"]
 
 
 def test_files_that_are_not_there_are_named(folder, tmp_path, monkeypatch):
