@@ -40,8 +40,8 @@ import sentencepiece
 from tqdm import tqdm
 
 from data import DataError, Header, Source, TokenWriter
-from documents import (RowFilter, Strict, TextReader, Unreadable, all_texts, documentation,
-                       hash_to_unit, library_modules, list_files, split_docstrings)
+from documents import (RowFilter, TextReader, Unreadable, all_texts, documentation, hash_to_unit,
+                       library_modules, list_files, split_docstrings)
 from files import InputError, atomic_write, read_json, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
@@ -174,13 +174,14 @@ def begin(corpus):
     out, plan, units = corpus.out, corpus.plan(), corpus.out / "units"
     if out.exists() and not out.is_dir():
         sys.exit(f"{out} is a file: choose another --out")
-    if (out / "source.json").exists():
+    # others may begin or finish right now: temporary files do not count, source.json comes last
+    others = any(path != units and path.suffix != ".tmp" for path in out.rglob("*"))
+    begun, complete = (units / "plan.json").exists(), (out / "source.json").exists()
+    if complete:
         compare_plans(out, read_json(out / "source.json").get("plan"), plan)
         remove_leftovers(out)
         return True
-    # plan.json is asked for last, and temporary files do not count: another part may just begin
-    others = any(path != units and path.suffix != ".tmp" for path in out.rglob("*"))
-    if others and not (units / "plan.json").exists():
+    if others and not begun:
         sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
                  "choose another --out")
     units.mkdir(parents=True, exist_ok=True)
@@ -332,18 +333,18 @@ def tokenize(corpus, part, parts, workers, strict):
     3 if rows were lost, with 1 if files could not be read or the work was stopped."""
     out, n, unread = corpus.out, len(corpus.shards()), []
     mine = range(part - 1, n, parts)
-    if not begin(corpus):
-        try:
+    try:
+        if not begin(corpus):
             unread = run_shards(corpus, sorted({*mine} - {*corpus.done()}), workers, strict)
-        except (Strict, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
-            reasons = {KeyboardInterrupt: "stopped",
-                       MemoryError: "out of memory, give fewer --workers",
-                       BrokenProcessPool: "a worker was killed (for its memory, perhaps), or says "
-                                          "above why it failed"}
-            reason = reasons.get(type(error), getattr(error, "strerror", None) or error)
-            if not (out / "source.json").exists():       # else others have finished, even this part
-                sys.exit(f"{out}: {reason}; {len(corpus.done())} of {n} shards are done, and the "
-                         "same command goes on from there")
+    except (InputError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
+        reasons = {KeyboardInterrupt: "stopped",
+                   MemoryError: "out of memory, give fewer --workers",
+                   BrokenProcessPool: "a worker was killed (for its memory, perhaps), or says "
+                                      "above why it failed"}
+        reason = reasons.get(type(error), getattr(error, "strerror", None) or error)
+        if not (out / "source.json").exists():           # else others have finished, even this part
+            sys.exit(f"{out}: {reason}; {len(corpus.done())} of {n} shards are done, and the same "
+                     "command goes on from there")
     source = merge_shards(corpus)
     if source is None:
         done = corpus.done()
