@@ -225,7 +225,8 @@ class Encoder:
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
         contents, tokens = export(model), map(self.sp.id_to_piece, range(len(self.sp)))
-        self.newline_is_apart = contents and not any("\n" in token != "\n" for token in tokens)
+        self.newline_merges = contents is None or any(
+            "\n" in token and token != "\n" for token in tokens)
         self.backend = "gigatoken" if contents and GigaTokenizer else "sentencepiece"
         if self.backend == "gigatoken":
             # without special tokens, so that a literal "</s>" in a text stays text
@@ -253,9 +254,9 @@ class Encoder:
             yield text, np.asarray(ids, self.dtype).tobytes()
 
     def encode_by_sentencepiece(self, text):
-        """The ids of a text. A long one is encoded in parts that begin with a newline: where that
-        merges with nothing, only the space that SentencePiece puts in front has to go."""
-        if not self.newline_is_apart or len(text) <= PART_CHARS:
+        """SentencePiece's ids of a text. Where newlines merge with nothing, a long text is encoded in
+        parts that begin with one; of these only the space that is put in front has to go."""
+        if self.newline_merges or len(text) <= PART_CHARS:
             return self.sp.encode(text)
         space, parts, start = len(self.sp.encode("\n")) - 1, [], 0
         while start < len(text):
