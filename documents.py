@@ -183,6 +183,7 @@ class RowFilter:
     fraction: float = 1.0
 
     def from_row(self, row):
+        """The document of a row, a dict; a Skip in its place is raised."""
         if isinstance(row, Skip):
             raise row
         if not isinstance(row, dict):
@@ -199,6 +200,7 @@ class RowFilter:
         return self.accept(text)
 
     def from_json(self, line):
+        """The document of a line of JSON."""
         try:
             row = json.loads(decode(line))
         except (ValueError, RecursionError) as error:
@@ -206,9 +208,11 @@ class RowFilter:
         return self.from_row(row)
 
     def from_bytes(self, raw):
+        """The document that a whole file is."""
         return self.accept(decode(raw))
 
     def accept(self, text):
+        """The text, if it is one and in the fraction."""
         if not isinstance(text, str):
             raise Skip("not text", f"is no text but {text!r:.80}")
         if not text:

@@ -259,8 +259,7 @@ def write_shard_in_worker(i):
 
 
 def run_shards(corpus, todo, workers, strict):
-    """Writes the shards `todo` with so many processes; returns a message for each that could not be
-    read."""
+    """Writes the shards `todo` by so many processes; returns a message for each unreadable one."""
     shards, unread, workers = corpus.shards(), [], min(workers, len(todo))
     total = sum(file.size for i in todo for file in shards[i])
 
@@ -271,6 +270,7 @@ def run_shards(corpus, todo, workers, strict):
         except Unreadable as error:
             unread.append(str(error))
 
+    # half-written files go with this folder, also those of workers that were killed
     with (tempfile.TemporaryDirectory(".tmp", dir=corpus.out / "units",
                                       ignore_cleanup_errors=True) as scratch,
           tqdm(total=total, unit="B", unit_scale=True, desc=corpus.out.name, disable=None) as bar):
@@ -339,8 +339,7 @@ def tokenize(corpus, part, parts, workers, strict):
     except (InputError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
         reasons = {KeyboardInterrupt: "stopped",
                    MemoryError: "out of memory, give fewer --workers",
-                   BrokenProcessPool: "a worker was killed (for its memory, perhaps), or says "
-                                      "above why it failed"}
+                   BrokenProcessPool: "a worker was killed (for its memory, perhaps), or failed"}
         reason = reasons.get(type(error), getattr(error, "strerror", None) or error)
         if not (out / "source.json").exists():           # else others have finished, even this part
             sys.exit(f"{out}: {reason}; {len(corpus.done())} of {n} shards are done, and the same "
@@ -429,8 +428,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    p = commands.add_parser("demo",
-                            help="tokenize the documentation and the modules of this Python")
+    p = commands.add_parser("demo", help="tokenize this Python's documentation and modules")
     p.add_argument("--data_dir", default="data")
     p.add_argument("--vocab_size", type=int, default=4096)
 
@@ -462,7 +460,6 @@ def parse_args(argv):
 
     p = commands.add_parser("inspect", help="print what is in a source")
     p.add_argument("source", help="data/NAME")
-
     return parser.parse_args(argv)
 
 
@@ -477,8 +474,7 @@ def parse_part(text):
     """(I, N) of "I/N"."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        sys.exit(f"--part={text} must be I/N with I from 1 to N: 1/4, 2/4, 3/4 and 4/4 are all of "
-                 "it")
+        sys.exit(f"--part={text} must be I/N: 1/4, 2/4, 3/4 and 4/4 are all of it")
     return int(found[1]), int(found[2])
 
 

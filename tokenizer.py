@@ -254,8 +254,8 @@ class Encoder:
             yield text, np.asarray(ids, self.dtype).tobytes()
 
     def encode_by_sentencepiece(self, text):
-        """SentencePiece's ids of a text. Where newlines merge with nothing, a long text is encoded in
-        parts that begin with one; of these only the space that is put in front has to go."""
+        """SentencePiece's ids of a text. Where newlines merge with nothing, a long text is encoded
+        in parts that begin with one, and the space that is put in front of each is left out."""
         if self.newline_merges or len(text) <= PART_CHARS:
             return self.sp.encode(text)
         space, parts, start = len(self.sp.encode("\n")) - 1, [], 0
