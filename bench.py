@@ -531,7 +531,7 @@ def measure_workers(model, texts):
         for workers, units in [*seconds] * 2:                                       # in turns
             before = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
+                [sys.executable, "-c", "import prepare, sys; prepare.SHARD_BYTES = 1; "
                  "prepare.main(sys.argv[1:])", "tokenize", *files[:units], f"--out={folder}/out",
                  f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
                 check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
@@ -546,7 +546,7 @@ def corpora_of(args):
     if args.files:
         if not args.tokenizer:
             sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
-        choice = prepare.Choice(args.text_key)
+        choice = prepare.RowFilter(args.text_key)
         corpora = {path: prepare.all_texts(prepare.list_files([path]), choice)[0]
                    for path in args.files}
     else:
@@ -916,7 +916,7 @@ def demo_model(out):
 def requests_of(n):
     """{kind: (method of the harness, what it is asked, requests of a question)}: n questions as
     long as HellaSwag's and n texts to continue, from this Python's library; and documents of it."""
-    texts = [text.split(" ") for text in prepare.embedded_corpus()[0] if len(text) > 600][:n]
+    texts = [text.split(" ") for text in prepare.stdlib_corpus()[0] if len(text) > 600][:n]
     contexts = [" ".join(words[:40]).rstrip() for words in texts]
     endings = [" " + " ".join(words[40:55]).strip() for words in texts]
     return {"multiple choice": ("loglikelihood", [

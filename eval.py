@@ -476,7 +476,7 @@ def read_text(name, folder, tokenizer, context, args):
         some = range(source.windows)[:args.limit]
         return (((window[:-1], window[1:]) for window in (source.window(i).tolist() for i in some)),
                 len(some) * context * source.info["bytes"] / source.info["tokens"], 0)
-    strings, lost = prepare.all_texts(prepare.list_files([name]), prepare.Choice(args.text_key))
+    strings, lost = prepare.all_texts(prepare.list_files([name]), prepare.RowFilter(args.text_key))
     strings = strings[:args.limit]
     return ((text for string in strings
              for text in windows(tokenizer.encode(string), tokenizer.bos_id, context)),

@@ -332,7 +332,7 @@ def test_bad_input_of_generate_is_named(argv, words, capsys):
 def test_evaluation_is_measured_against_the_same_answers(here, tmp_path, monkeypatch, capfd):
     """A ratio to a peer that answers something else is no ratio."""
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr(prepare, "embedded_corpus", lambda: (prepare.documentation(), []))
+    monkeypatch.setattr(prepare, "stdlib_corpus", lambda: (prepare.documentation(), []))
     bench.demo_model(tmp_path)
     asked = bench.requests_of(8)
     ours, theirs = (bench.measure_answers(kind, tmp_path, torch.float32, 4, asked)

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -20,27 +19,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import sentencepiece
-import zstandard
-from transformers import AutoTokenizer
+from backports import zstd
+from test_tokenizer import AWKWARD, TEXT
 
+import documents
 import prepare
-import tokenizer
 from data import DataError, Source
 
 HERE = Path(__file__).parents[1]
-
-TEXT = ("The quick brown fox jumps over the lazy dog, 1984 times.\n" * 3
-        + "def f(x):\n    return x ** 2  # übermäßig\n\n" * 5 + "\ttabs\t\tand     spaces   \n"
-        + "Sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs.\n")
-
-AWKWARD = ["", " ", "  ", "a", " a", "  a ", "a  b   c    d", "\n", "\n\n\n", " \n ", "\t", "a\tb",
-           "\r\n", "\x00", "a\x00b", "\x1b[0m\x7f", "Hello, world!", "1234567890", "١٢٣", "é",
-           "e\u0301", "ﬁ", "Å", "中文字符", "日本語のテキスト", "🙂", "👩‍👩‍👧‍👦🏳️‍🌈", "\u200b\u200d\ufeff",
-           "\u3000wide\u00a0", "\U0010ffff", "\ue000", "نص", "ह िन्दी",
-           "for i in range(10):\n        print(i)", "<0x0A>", "<pad>", "[INST]", " leading",
-           "trailing ", "MiXeD cAsE", "...", "!!??", "a" * 300, " " * 70, "▁▁x".replace("▁", " ")]
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -59,282 +45,6 @@ def write_files(folder, **files):
         (folder / name.replace("_", ".")).write_bytes(
             content if isinstance(content, bytes) else content.encode())
     return [str(folder / name.replace("_", ".")) for name in files]
-
-
-# --------------------------------------------------------------------------------------------------
-# The tokenizer
-
-def test_decoding_gives_the_text_back(model):
-    """Llama's settings lose nothing; those SentencePiece has by default fold spaces and recompose
-    accents."""
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and c != 0x2581)
-    for text in [*AWKWARD, TEXT, every]:
-        assert sp.decode(sp.encode(text)) == text
-    assert sp.decode(sp.encode("a▁b")) == "a b"    # the one exception: it is how a space is written
-    assert (sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()) == (0, 1, 2, -1)
-    assert (sp.encode("1984", out_type=str) == ["▁", "1", "9", "8", "4"]
-            and tokenizer.llama_style(model))
-
-
-def test_transformers_gives_the_same_ids(model, folder):
-    """tokenizer.json says by a list of merges what SentencePiece does by scores; and transformers'
-    LlamaTokenizer class takes leading spaces apart differently, which no error tells."""
-    sp, theirs = (sentencepiece.SentencePieceProcessor(model_proto=model),
-                  AutoTokenizer.from_pretrained(folder))
-    rng = random.Random(0)
-    pieces = [sp.id_to_piece(i).replace("▁", " ") for i in range(259, len(sp))] + [
-        "\n", "  ", "中", "🙂", "\x01"]
-    random_texts = ["".join(rng.choices(pieces, k=rng.randint(1, 30))) for _ in range(500)]
-    for text in [*AWKWARD, TEXT, *random_texts]:
-        ids = sp.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == ids, repr(text)
-        assert theirs.encode(text) == [1, *ids]             # it puts <s> in front, as Llama's does
-        assert theirs.decode(ids) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
-
-
-def test_another_kind_of_tokenizer_gets_no_tokenizer_json(tmp_path, capsys):
-    """A tokenizer.json that says something else than tokenizer.model would train on some ids and
-    generate from others."""
-    for k, options in enumerate([
-            dict(model_type="unigram"), dict(model_type="bpe", normalization_rule_name="nmt_nfkc"),
-            dict(model_type="bpe", normalization_rule_name="identity",
-                 remove_extra_whitespaces=True),
-            dict(model_type="bpe", normalization_rule_name="identity", add_dummy_prefix=False)]):
-        out = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXT.split("\n")), model_writer=out, vocab_size=310,
-            byte_fallback=True, minloglevel=2, **options)
-        assert not tokenizer.llama_style(out.getvalue()), options
-        (tmp_path / str(k)).mkdir()
-        prepare.write_tokenizer(tmp_path / str(k), out.getvalue())
-        assert [p.name for p in (tmp_path / str(k)).iterdir()] == ["tokenizer.model"]
-        assert "left out" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("vocab_size, words", [
-    (5000, "more than this text can fill: at most"), (262, "too small.*need")])
-def test_impossible_vocabularies_are_refused(vocab_size, words, tmp_path):
-    """SentencePiece answers with a line of its C++; the number that would work is in it."""
-    files = write_files(tmp_path, a_txt=TEXT)
-    with pytest.raises(SystemExit, match=words) as error:
-        prepare.main(["tokenizer", *files, f"--vocab_size={vocab_size}",
-                      f"--out={tmp_path / 'my.model'}"])
-    limit = int(str(error.value).replace(",", "").replace(":", "").split(
-        "at most " if vocab_size > 999 else "need ")[1].split()[0])
-    assert not (tmp_path / "my.model").exists()
-    prepare.main(["tokenizer", *files, f"--vocab_size={limit}", f"--out={tmp_path / 'my.model'}"])
-    assert len(prepare.load_tokenizer(tmp_path / "my.model")) == limit
-    with pytest.raises(SystemExit, match="exists already"):
-        prepare.main(["tokenizer", *files, f"--vocab_size={limit}",
-                      f"--out={tmp_path / 'my.model'}"])
-    for size in -1, 0, 259:
-        with pytest.raises(SystemExit, match=f"{size} is too small: .* need 260"):
-            prepare.main(["tokenizer", *files, f"--vocab_size={size}", f"--out={tmp_path / 'x'}"])
-    (tmp_path / "a.txt").write_text("\n\n")
-    with pytest.raises(SystemExit, match="nothing but newlines"):
-        prepare.main(["tokenizer", *files, f"--out={tmp_path / 'x'}"])
-    with pytest.raises(SystemExit, match="names nothing"):
-        prepare.main(["tokenizer", *files, "--out="])
-
-
-# --------------------------------------------------------------------------------------------------
-# Encoding by cuts
-
-CHINESE = "今天天气很好，我们去公园散步。不知道明天会不会下雨？中文 mixed 文字 123。\n" * 9
-ODD = [" ", "  ", "   ", "\n", "\n\n", " \n", "\n ", "▁", "▁▁", "\0", "\1", "\2", "\1 ", "☃", "☂☃",
-       "e\u0301", "\ufeff", "\u3000", "\xa0", "ﬁ", "中", "文", "🙂", "1", "23", "\t", "é", "\u1100\u1161",
-       "a", "the", "\r\n"]
-
-
-def train(**options):
-    """A SentencePiece model (bytes) of TEXT and others."""
-    out, text = io.BytesIO(), TEXT + CHINESE + "Ωμέγα привет мир café naïve 한국어 ﬁ\n" * 9
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.split("\n")), model_writer=out, minloglevel=2, **dict(
-            model_type="bpe", vocab_size=600, hard_vocab_limit=False, character_coverage=0.995,
-            normalization_rule_name="identity", remove_extra_whitespaces=False) | options)
-    return out.getvalue()
-
-
-def edited(model, edit):
-    """The model with its pieces [text, score, type] as edit(pieces, random) leaves them."""
-    def message(number, raw):
-        size, head = len(raw), [number << 3 | 2]
-        while size > 127:
-            head.append(size & 127 | 128)
-            size >>= 7
-        return bytes([*head, size]) + raw
-
-    fields = tokenizer.protobuf(model)
-    pieces = [[found[1][0], struct.unpack("<f", found.get(2, [bytes(4)])[0])[0],
-               found.get(3, [1])[0]] for found in map(tokenizer.protobuf, fields.pop(1))]
-    edit(pieces, random.Random(1))
-    return b"".join([*(message(1, message(1, text) + b"\x15" + struct.pack("<f", score)
-                               + bytes([0x18, kind])) for text, score, kind in pieces),
-                     *(message(number, raw) for number, (raw, *_) in fields.items())])
-
-
-def unused(pieces, rng):
-    for piece in pieces:
-        piece[2] = 5 if piece[2] == 1 and rng.random() < 0.5 else piece[2]
-
-
-def ties(pieces, rng):
-    for piece in pieces:
-        piece[1] = -float(rng.randint(0, 5))
-
-
-def without_characters(pieces, rng):
-    pieces[:] = [piece for piece in pieces if piece[2] != 1 or len(piece[0].decode()) > 1
-                 or rng.random() < 0.5]
-
-
-def of_unknown(pieces, rng):
-    pieces += [[text.encode(), -1.0, 1] for text in ("☃☂", "é☃", "▁☃", "☂☂", "Ж☃")]
-
-
-FALLBACK, PLAIN = dict(byte_fallback=True), dict(byte_fallback=False)
-MODELS = {
-    "Llama's way": dict(FALLBACK, split_digits=True, allow_whitespace_only_pieces=True),
-    "no byte fallback": dict(PLAIN, allow_whitespace_only_pieces=True),
-    "nmt_nfkc, spaces stripped": dict(FALLBACK, normalization_rule_name="nmt_nfkc",
-                                      remove_extra_whitespaces=True),
-    "nfkc_cf": dict(PLAIN, normalization_rule_name="nfkc_cf"),
-    "no dummy prefix": dict(FALLBACK, add_dummy_prefix=False),
-    "spaces behind words": dict(FALLBACK, treat_whitespace_as_suffix=True),
-    "spaces behind words, no fallback": dict(PLAIN, treat_whitespace_as_suffix=True),
-    "spaces inside pieces": dict(FALLBACK, split_by_whitespace=False,
-                                 allow_whitespace_only_pieces=True),
-    "anything in pieces": dict(PLAIN, split_by_whitespace=False, split_by_unicode_script=False,
-                               split_by_number=False),
-    "pieces over scripts": dict(FALLBACK, split_by_unicode_script=False, split_by_number=False),
-    "user-defined": dict(FALLBACK, control_symbols=["<c>", "[INST]"], user_defined_symbols=[
-        "\n\n", "the", "he l", "▁▁▁", "x\n", "...", "<s", "中文", "▁over"]),
-    "user-defined, no fallback": dict(PLAIN, user_defined_symbols=["\n", "ing", "▁a b", "--"]),
-    "unigram": dict(FALLBACK, model_type="unigram")}
-
-
-def same_ids(encoder, texts):
-    for text, ids in encoder.encode(texts):
-        assert np.frombuffer(ids, encoder.dtype).tolist() == encoder.sp.encode(text), repr(text)
-
-
-def strings_of(encoder, n):
-    """n strings of pieces of the model and of odd characters, without meaning, and of real text."""
-    rng, sp = random.Random(0), encoder.sp
-    pieces = [sp.id_to_piece(i).replace("▁", " ") for i in range(len(sp))]
-    for k in range(n):
-        source = (TEXT, CHINESE)[k % 2]
-        start = rng.randrange(len(source))
-        yield (source[start:start + rng.randint(1, 300)] if k % 5 == 0 else "".join(
-            rng.choice(pieces if rng.random() < 0.6 else ODD) for _ in range(rng.randint(0, 40))))
-
-
-CASES = [*((name, None) for name in MODELS), *itertools.product(
-    ["Llama's way", "no byte fallback", "user-defined", "spaces inside pieces"],
-    [unused, ties, without_characters, of_unknown])]
-
-
-def check_model(name, edit, n, step, monkeypatch):
-    model = train(**MODELS[name])
-    encoder = prepare.Encoder(edited(model, edit) if edit else model)
-    assert encoder.cuts == (name != "unigram")
-    for SLICE in 2 ** 15, 50:
-        monkeypatch.setattr(tokenizer, "SLICE", SLICE)
-        if encoder.cuts or SLICE > 50:
-            same_ids(encoder, [*AWKWARD, *ODD, *strings_of(encoder, n)])
-    same_ids(encoder, ["".join(chr(c) for c in [*range(0x3000), *range(0x3000, 0x110000, step)]
-                               if not 0xD800 <= c < 0xE000)])
-
-
-@pytest.mark.parametrize("name, edit", CASES, ids=lambda part: getattr(part, "__name__", part))
-def test_cut_text_has_the_same_ids(name, edit, monkeypatch):
-    """A cut where something could be joined changes ids silently, and with them what is
-    learned."""
-    check_model(name, edit, 100, 1 if (name, edit) == CASES[0] else 499, monkeypatch)
-
-
-@pytest.mark.slow
-def test_cut_text_has_the_same_ids_in_thousands_of_strings(monkeypatch):
-    """The rare cases are rare: one wrong string in a hundred was the best of the wrong rules."""
-    for name, edit in CASES:
-        check_model(name, edit, 3000, 1, monkeypatch)
-
-
-def test_edited_models_are_what_they_say():
-    """Were the edit of a model lost, its test would prove nothing."""
-    model, sp = train(**MODELS["Llama's way"]), sentencepiece.SentencePieceProcessor
-    assert (sp(model_proto=edited(model, lambda pieces, rng: None)).encode(TEXT)
-            == sp(model_proto=model).encode(TEXT))
-    assert any(map(sp(model_proto=edited(model, unused)).is_unused, range(300, 500)))
-    assert "☂☂" in sp(model_proto=edited(model, of_unknown)).encode("☂☂", out_type=str)[-1]
-    short = sp(model_proto=edited(model, without_characters))
-    assert {len(short.encode(c)) for c in "▁ QJ"} > {2}
-
-
-def test_a_wrong_cut_would_be_found():
-    """The counterexamples behind each condition: a test that passes without them proves nothing."""
-    def differs(name, edit, change):
-        model = train(**MODELS[name])
-        encoder = prepare.Encoder(edited(model, edit) if edit else model)
-        change(encoder)
-        encoder.find_cuts()
-        with pytest.raises(AssertionError):
-            same_ids(encoder, [*AWKWARD, *ODD, *strings_of(encoder, 1000)])
-
-    def forget_unused(encoder):
-        encoder.sp.is_control = lambda i: encoder.sp.is_unused(i)
-
-    differs("Llama's way", unused, forget_unused)
-    differs("no byte fallback", None, lambda encoder: setattr(encoder, "byte_fallback", True))
-    differs("nmt_nfkc, spaces stripped", None, lambda encoder: setattr(encoder, "plain", True))
-    differs("Llama's way", None, lambda encoder: setattr(encoder, "prefix", ""))
-
-
-def test_spaces_that_are_not_written_as_such_are_not_cut_at():
-    """A model may keep spaces as they are (normalizer_spec's escape_whitespaces), beside U+2581."""
-    encoder = prepare.Encoder(train(**MODELS["Llama's way"]) + b"\x1a\x02\x28\x00")
-    assert not encoder.cuts and not tokenizer.llama_style(train() + b"\x1a\x02\x28\x00")
-    same_ids(encoder, [*AWKWARD, *ODD, TEXT])
-
-
-def test_memory_of_the_encoder_is_bounded(model, monkeypatch):
-    """On a corpus that never repeats itself what is remembered would grow without end."""
-    monkeypatch.setattr(tokenizer, "MEMORY", 20_000)
-    encoder, rng = prepare.Encoder(model), random.Random(0)
-    sizes = []
-    for _ in range(50):
-        text = "".join(rng.choices("abcdefgh  ,.", k=500)) + " " + "x" * 5000
-        same_ids(encoder, [text])
-        sizes.append(len(encoder.words))
-    assert 0 < max(sizes) < 150 and sizes != sorted(sizes)
-    assert max(map(len, encoder.runs)) <= tokenizer.LONGEST < 5000
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_document_of_50_megabytes(folder, tmp_path):
-    """SentencePiece takes 2 GB for it, and so would a list of its words."""
-    rng = random.Random(0)
-    words = [TEXT, CHINESE, "🙂 ", *(f"{rng.randrange(10 ** 9):x} " for _ in range(10 ** 5))]
-    text = "".join(rng.choices(words, weights=[3, 3, 3, *[1] * 10 ** 5], k=6_000_000))
-    while len(text.encode()) > 5 * 10 ** 7:
-        text = text[:-10 ** 5]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    code = f"""if True:
-        import prepare
-        prepare.main(["tokenize", "a.jsonl", "--tokenizer={folder / 'tokenizer.model'}",
-                      "--out=out", "--workers=1", "--val_fraction=0"])
-        print(open("/proc/self/status").read())"""            # getrusage counts its parent's peak
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, check=True,
-                         capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert int(run.stdout.split("VmHWM:")[1].split()[0]) < 10 ** 6               # kilobytes
-    source = Source(tmp_path / "out", "train", 16)
-    ids = source.read(1, source.info["tokens"] - 1)
-    expected = np.array(prepare.load_tokenizer(folder / "tokenizer.model").encode(text))
-    assert np.array_equal(ids, expected) and len(text.encode()) > 4.9e7
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,7 +68,7 @@ def as_parquet(texts, key="text"):
 def in_frames(raw, n=3):
     """Several zstandard frames, as parallel compressors write them."""
     step = len(raw) // n + 1
-    return b"".join(map(zstandard.compress, [raw[i:i + step] for i in range(0, len(raw), step)]))
+    return b"".join(map(zstd.compress, [raw[i:i + step] for i in range(0, len(raw), step)]))
 
 
 def put(folder, files):
@@ -398,7 +108,7 @@ CONTAINERS = {
     "a.jsonl": as_rows, "a.json": as_rows, "a.jsonl.gz": lambda t: gzip.compress(as_rows(t)),
     "a.json.gz": lambda t: gzip.compress(as_rows(t[:9])) + gzip.compress(as_rows(t[9:])),
     "a.jsonl.zst": lambda t: in_frames(as_rows(t)), "a.parquet": as_parquet,
-    "bom.jsonl": lambda t: prepare.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
+    "bom.jsonl": lambda t: documents.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -415,8 +125,9 @@ def test_documents_in_are_documents_out(name, folder, tmp_path):
 def test_texts_are_documents(folder, tmp_path):
     """A .txt is one document, packed or not, whatever lines it has."""
     texts = [TEXT, "x", "\n\n two\r\nlines"]
-    put(tmp_path, {"a.txt": prepare.BOM + texts[0].encode(), "b.txt.gz": gzip.compress(texts[1].encode()),
-                   "c.txt.zst": zstandard.compress(texts[2].encode())})
+    put(tmp_path, {"a.txt": documents.BOM + texts[0].encode(),
+                   "b.txt.gz": gzip.compress(texts[1].encode()),
+                   "c.txt.zst": zstd.compress(texts[2].encode())})
     assert tokenize(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
     assert read_source(tmp_path / "out")["train"] == texts
 
@@ -438,13 +149,14 @@ def test_folders_patterns_and_other_filesystems(folder, tmp_path, monkeypatch):
         "z", "a10", "a9", "b2", "y1", "y2", "far p", "far q", "d1", "d2"]
     for given, words in [(["nowhere"], "no file nowhere"), (["q*.txt"], "no file"),
                          (["in/a/notes.md"], "can be read"), (["nothing://x"], "cannot be opened"),
-                         (["y1.txt", "in", "y1.txt"], "y1.txt is named 2 times")]:
+                         (["y1.txt", "in", "y1.txt"], "y1.txt and y1.txt are the same file")]:
         assert words in tokenize(folder, *given, "--out=other")
         assert not Path("other").exists()
-    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    monkeypatch.setattr(documents, "find_spec", lambda name: None)
+    monkeypatch.setattr(documents, "zstd", None)
     put(tmp_path, {"a.parquet": b"", "a.jsonl.zst": b""})
     assert "pip install pyarrow" in tokenize(folder, "a.parquet", "--out=other")
-    assert "pip install zstandard" in tokenize(folder, "a.jsonl.zst", "--out=other")
+    assert "pip install backports.zstd" in tokenize(folder, "a.jsonl.zst", "--out=other")
 
 
 def test_links_are_followed(folder, tmp_path, monkeypatch):
@@ -459,7 +171,64 @@ def test_links_are_followed(folder, tmp_path, monkeypatch):
         assert tokenize(folder, given, f"--out=out{k}", "--val_fraction=0") == 0
         assert read_source(tmp_path / f"out{k}")["train"] == ["one", "two", "three"]
         Path(".cache/more/round").unlink(missing_ok=True)
-    assert "is named 2 times" in tokenize(folder, ".cache/in", ".cache/more", "--out=out")
+    said = tokenize(folder, ".cache/in", ".cache/more", "--out=out")
+    assert ".cache/in/deep/3.txt and .cache/more/3.txt are the same file" in said
+    Path(".cache/in/2.txt").unlink()
+    Path(".cache/in/2.txt").symlink_to("../blobs/1")             # two names, as hubs store them
+    said = tokenize(folder, ".cache/in", "--out=out")
+    assert ".cache/in/1.txt and .cache/in/2.txt are the same file" in said
+
+
+def test_names_that_are_not_utf8_are_escaped(folder, tmp_path):
+    """Copies from old disks have names in Latin-1, which neither a terminal nor JSON can write."""
+    name = os.fsdecode(b"caf\xe9")
+    put(tmp_path, {f"in/{name}.txt": "from an old disk", f"in/{name}.jsonl": as_rows(["x"]) + b"{"})
+    put(tmp_path, {f"{name}.model": (folder / "tokenizer.model").read_bytes()})
+    run = subprocess.run(
+        [sys.executable, HERE / "prepare.py", "tokenize", "in", f"--tokenizer={name}.model",
+         f"--out={name}", "--workers=1", "--val_fraction=0"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert run.returncode == 3 and "in/caf\\xe9.jsonl:2 is not JSON" in run.stderr
+    assert "caf\\udce9:" in run.stdout
+    assert read_source(tmp_path / name)["train"] == ["x", "from an old disk"]
+
+
+def test_files_that_are_not_there_are_named(folder, tmp_path, monkeypatch):
+    """Part of a corpus would vanish in silence: a link to a blob that was cleaned away, a folder
+    that only its owner may read, files that git lfs did not fetch."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {"a/x.jsonl": as_rows(["here"]), "b/secret/y.jsonl": b"", "b/.git/z.jsonl": b""})
+    Path("a/y.jsonl").symlink_to("../blobs/9f86d081884c7d65")
+    Path("a/notes.md").symlink_to("../blobs/2c26b46b68ffc68f")                  # no text anyway
+    assert "a/y.jsonl is a link to a file that is not there" in tokenize(folder, "a", "--out=o")
+    Path("a/y.jsonl").unlink()
+    assert tokenize(folder, "a", "--out=o", "--val_fraction=0") == 0
+    real = os.scandir
+
+    def scandir(path):                  # root may read everything, so chmod proves nothing
+        if str(path).endswith(("secret", ".git")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        said = tokenize(folder, "b", "--out=p")
+    assert said.startswith("b cannot be opened") and said.endswith("Permission denied: "
+                                                                   f"'{tmp_path}/b/secret'")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 73492013\n"
+    put(tmp_path, {f"{k}/{name}": pointer for k, name in enumerate(
+        ["x.txt", "x.jsonl", "x.jsonl.zst", "x.parquet"])})
+    for k in range(4):
+        said = tokenize(folder, str(k), "--out=q")
+        assert "is a Git LFS pointer, not the file: git lfs pull" in said
+    assert not Path("p").exists() and not Path("q").exists()
+
+
+def test_descriptions_beside_a_data_set_are_no_corpus(folder, tmp_path):
+    """Hubs put a dataset_infos.json beside the text: its one line gave exit status 3."""
+    put(tmp_path, {"in/a.jsonl": as_rows(["fine"]), "in/dataset_infos.json": '{"default": {}}',
+                   "in/dataset_info.json": '{"default": {}}'})
+    assert tokenize(folder, tmp_path / "in", f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
 
 
 @pytest.mark.parametrize("name, make", [("a.jsonl", as_rows), ("a.parquet", as_parquet)])
@@ -504,7 +273,8 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "txt": ("a.txt", b"good \xff bad", "not UTF-8: byte 5 is 0xff", 0, 1),
     "key": ("a.jsonl", GOOD + b'{"content": "x"}\n', "['content']: name the key with --text_key",
             2, 1),
-    "list": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl:3 is a list, and a row with keys is wanted", 2, 1),
+    "list": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl:3 is a list, and a row with keys is wanted", 2,
+             1),
     "number": ("a.jsonl", GOOD + b'{"text": 7}\n', "a.jsonl:3 is no text but 7", 2, 1),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3 is no text but None", 2, 1),
     "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "no text that UTF-8 can write", 2, 1),
@@ -512,11 +282,12 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "empty": ("a.jsonl", GOOD + b'{"text": ""}\n\n', "rows skipped: 1, empty", 2, 0),
     "empty txt": ("a.txt", b"", "rows skipped: 1, empty", 0, 0),
     "empty jsonl": ("a.jsonl", b"", "", 0, 0),
-    "empty gz": ("a.jsonl.gz", b"", "", 0, 0),
+    "empty gz": ("a.jsonl.gz", b"", "a.jsonl.gz breaks off", 0, 1),
+    "empty zst": ("a.jsonl.zst", b"", "a.jsonl.zst breaks off", 0, 1),
     "gz": ("a.jsonl.gz", gzip.compress(GOOD + os.urandom(9999))[:-3000], "a.jsonl.gz breaks off",
            2, 1),
     "no gz": ("a.jsonl.gz", GOOD, "a.jsonl.gz breaks off", 0, 1),
-    "zst": ("a.jsonl.zst", in_frames(GOOD * 50)[:-9], "compressed data end in the middle", 66, 1),
+    "zst": ("a.jsonl.zst", in_frames(GOOD * 50)[:-9], "file ended before the end-of-stream", 66, 1),
     "no zst": ("a.jsonl.zst", GOOD, "a.jsonl.zst breaks off", 0, 1),
     "parquet": ("a.parquet", as_parquet(["fine"])[:-20], "a.parquet breaks off", 0, 1),
     "column": ("a.parquet", as_parquet(["fine"], key="b"),
@@ -541,11 +312,38 @@ def test_bad_rows_are_skipped_counted_and_named(case, folder, tmp_path, capsys):
     if lost:
         stopped = tokenize(folder, tmp_path / name, tmp_path / "b.txt", "--strict",
                            f"--out={tmp_path / 'strict'}", "--val_fraction=0")
-        assert "(--strict); 0 of 1 units are done" in stopped and name in stopped
+        assert "(--strict); 0 of 1 shards are done" in stopped and name in stopped
         with pytest.raises(SystemExit) as error:
             prepare.main(["tokenizer", str(tmp_path / name), f"--out={tmp_path / 'my.model'}",
                           "--strict"])
         assert "(--strict)" in error.value.code and not (tmp_path / "my.model").exists()
+
+
+@pytest.mark.parametrize("bad", ["text", "url"])
+def test_a_value_that_is_not_utf8_costs_one_row_of_parquet(bad, folder, tmp_path, capsys):
+    """One Latin-1 byte lost the rest of the file, even in a column that only --exclude asks for."""
+    columns = {"text": [b"row %d" % i for i in range(100)], "url": [b"http://x"] * 100}
+    columns[bad][20] = b"caf\xe9"
+    arrays = {name: pyarrow.array(values, pyarrow.binary()) for name, values in columns.items()}
+    table = pyarrow.table({name: pyarrow.Array.from_buffers(pyarrow.string(), 100, array.buffers())
+                           for name, array in arrays.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert tokenize(folder, tmp_path / "a.parquet", f"--out={tmp_path / 'out'}",
+                    "--val_fraction=0", "--exclude=url=http://y") == 3
+    assert read_source(tmp_path / "out")["train"] == [f"row {i}" for i in range(100) if i != 20]
+    assert "a.parquet: row 21 is not UTF-8" in capsys.readouterr().err
+
+
+def test_large_windows_of_zstandard_are_read(folder, tmp_path):
+    """Corpora are packed by `zstd --long=31`, which a reader by default refuses."""
+    options = {zstd.CompressionParameter.window_log: 31}
+    compressor = zstd.ZstdCompressor(options=options)
+    packed = compressor.compress(as_rows(DOCUMENTS)) + compressor.flush()
+    assert zstd.get_frame_info(packed).decompressed_size is None        # so the window is needed
+    put(tmp_path, {"a.jsonl.zst": packed})
+    assert tokenize(folder, tmp_path / "a.jsonl.zst", f"--out={tmp_path / 'out'}",
+                    "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out")["train"] == DOCUMENTS
 
 
 def test_many_bad_rows_are_counted_not_named(folder, tmp_path, capsys):
@@ -573,20 +371,22 @@ def test_nothing_to_train_on_is_refused_whole(folder, tmp_path):
 def test_files_that_cannot_be_read_are_left_for_later(folder, tmp_path, monkeypatch):
     """A file that vanished, or a connection that broke, is no end of a file: what was read of it
     must not count."""
-    monkeypatch.setattr(prepare, "UNIT", 1)
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)
     put(tmp_path, {f"{k}.txt": f"text {k} " * 50 for k in range(4)})
     arguments = [tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0"]
-    real = prepare.Input.readinto
+    real = documents.Input.readinto
+
+    def dead_line():
+        raise ConnectionError("the line is dead")
 
     def readinto(self, buffer):
-        if self.described.name.endswith("1.txt"):
-            with self.trouble():
-                raise ConnectionError("the line is dead")
-        if self.described.name.endswith("2.txt"):
-            os.truncate(self.described.path, 3)
+        if self.file.name.endswith("1.txt"):
+            self.wrap_read_errors(dead_line)
+        if self.file.name.endswith("2.txt"):
+            os.truncate(self.file.path, 3)
         return real(self, buffer)
 
-    monkeypatch.setattr(prepare.Input, "readinto", readinto)
+    monkeypatch.setattr(documents.Input, "readinto", readinto)
     (tmp_path / "3.txt").rename(tmp_path / "3.old")
     listed = prepare.list_files
     (tmp_path / "3.old").rename(tmp_path / "3.txt")
@@ -600,7 +400,7 @@ def test_files_that_cannot_be_read_are_left_for_later(folder, tmp_path, monkeypa
     assert len(list((tmp_path / "out").glob("*.bin"))) == 2           # train and val of 0.txt
     (tmp_path / "3.old").rename(tmp_path / "3.txt")
     put(tmp_path, {"2.txt": "text 2 " * 50})
-    monkeypatch.setattr(prepare.Input, "readinto", real)
+    monkeypatch.setattr(documents.Input, "readinto", real)
     assert tokenize(folder, *arguments) == 0
     assert read_source(tmp_path / "out")["train"] == [f"text {k} " * 50 for k in range(4)]
 
@@ -611,7 +411,7 @@ def test_a_full_disk_ends_with_a_sentence_and_can_be_continued(folder, tmp_path)
     put(tmp_path, {f"{k}.jsonl": as_rows(DOCUMENTS * k) for k in (1, 30, 20)})
     code = f"""if True:
         import prepare, resource, sys
-        prepare.UNIT = 1
+        prepare.SHARD_BYTES = 1
         if sys.argv[1] != "0":
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
         prepare.main(["tokenize", ".", "--tokenizer={folder / 'tokenizer.model'}", "--out=out",
@@ -626,7 +426,7 @@ def test_a_full_disk_ends_with_a_sentence_and_can_be_continued(folder, tmp_path)
         full = run(12_000, workers)
         assert full.returncode == 1 and "Traceback" not in full.stderr
         assert "out: File too large; " in full.stderr and "the same command" in full.stderr
-        assert not list((tmp_path / "out").glob("*.tmp"))
+        assert not list((tmp_path / "out").rglob("*.tmp"))
     assert run(0, 1).returncode == 0
     assert len(read_source(tmp_path / "out")["train"]) == len(DOCUMENTS) * 51
 
@@ -642,7 +442,7 @@ def contents(folder):
 def corpus(tmp_path, monkeypatch):
     """A corpus of some files of several kinds, and of several units."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "UNIT", 3000)
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 3000)
     rng = random.Random(0)
     for k in range(12):
         texts = ["".join(rng.choices(TEXT, k=rng.randint(1, 400)))
@@ -710,15 +510,16 @@ def test_a_finished_source_is_left_alone_and_other_input_refused(corpus, folder)
     assert tokenize(folder, "in/04.jsonl", "--out=free") == 0
 
 
-def test_a_unit_that_another_process_writes_is_not_touched(corpus, folder, monkeypatch):
-    """Two who write one file leave a mixture of both."""
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+def test_the_same_work_done_twice_at_the_same_time_does_no_harm(corpus, folder):
+    """A scheduler starts a job again, while the first one is still at it."""
     put(corpus, {"out/units/plan.json": b""})                    # begun, and torn
-    with open("out/units/00000.lock", "a") as file:
-        prepare.fcntl.flock(file, prepare.fcntl.LOCK_EX)
-        said = tokenize(folder, "in/01.jsonl", "--out=out")
-        assert "another process is writing unit 0" in said and not list(Path("out").glob("*.bin"))
-    assert tokenize(folder, "in/01.jsonl", "--out=out") == 0
+    twice = [start(folder, "in", "--workers=2", "--out=out") for _ in range(3)]
+    said = [process.communicate()[1] for process in twice]
+    assert {process.returncode for process in twice} == {3}, said
+    assert tokenize(folder, "in", "--out=whole") == 3
+    found, whole = contents(Path("out")), contents(Path("whole"))
+    found["source.json"] = found["source.json"].replace(b"--out=out", b"--out=whole")
+    assert found == whole
 
 
 def test_parts_may_begin_at_the_same_time(corpus, folder):
@@ -735,7 +536,7 @@ def test_parts_may_begin_at_the_same_time(corpus, folder):
 
 COMMAND = """if True:
     import prepare, sys
-    prepare.UNIT = 3000
+    prepare.SHARD_BYTES = 3000
     if __name__ == "__main__":
         prepare.main(sys.argv[1:])"""
 
@@ -789,7 +590,7 @@ def test_a_killed_worker_ends_the_run_and_it_goes_on(corpus, folder):
         time.sleep(0.01)
     os.kill(found[-1], signal.SIGKILL)
     assert process.wait() == 1 and "a worker was killed" in process.stderr.read()
-    assert not Path("out/source.json").exists() and not list(Path("out").glob("*.tmp"))
+    assert not Path("out/source.json").exists() and not list(Path("out").rglob("*.tmp"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -854,7 +655,7 @@ def one(): "on the line"\nasync def two():\n    "first"; y = 1\n    return """ke
 def test_the_demo_builds_two_sources(tmp_path, monkeypatch, capsys):
     """The demo is what newcomers meet first: it must build from whatever this Python brings, with
     one tokenizer for both."""
-    monkeypatch.setattr(prepare, "embedded_corpus", lambda: (
+    monkeypatch.setattr(prepare, "stdlib_corpus", lambda: (
         [f"Prose number {k}. " * 9 for k in range(60)],
         [f"x{k} = {k} + 1\n" * 9 for k in range(60)]))
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])
@@ -871,7 +672,7 @@ def test_no_text_is_in_both_demo_sources(monkeypatch):
     assert sum(map(len, modules.values())) > 4 * 10 ** 6
     some = {name: modules[name] for name in sorted(modules)[::8]}
     monkeypatch.setattr(prepare, "library_modules", lambda: some)
-    prose, code = prepare.embedded_corpus()
+    prose, code = prepare.stdlib_corpus()
     whole, long = "\n".join(code), [text.strip() for text in prose if len(text) > 200]
     assert len(long) > 200 and len(whole) > 10 ** 5
     assert sum(text in whole for text in long) == 0
