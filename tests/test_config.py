@@ -222,3 +222,19 @@ def test_what_documentation_points_to_exists(page):
                                                   *(HERE / "tests").glob("test_*.py")])
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
+
+
+def test_the_readme_is_short_and_its_map_is_the_tree():
+    """A map that lacks a file, or has one that is gone, misleads those who trust it; and a README
+    that grows is read by nobody. Lines of code within a tenth, so that small changes do not
+    matter."""
+    lines = (HERE / "README.md").read_text().splitlines()
+    assert len(lines) <= 260 and max(map(len, lines)) <= 100
+    scripts = {path.name for path in HERE.glob("*.py") if not path.name.startswith(
+        ("config_", "test_", "conftest"))} | {"config_demo.py"}
+    rows = [re.fullmatch(r"\| (.*?) \| (\d+) \| .* \|", line) for line in lines]
+    rows = {tuple(re.findall(r"`(.*?)`", row[1])): int(row[2]) for row in rows if row}
+    assert sorted(name for names in rows for name in names) == sorted(scripts)
+    for names, printed in rows.items():
+        count = sum(len((HERE / name).read_text().splitlines()) for name in names)
+        assert abs(printed - count) <= max(10, count // 10), (names, printed, count)
