@@ -190,8 +190,8 @@ PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 
 
 def test_documented_commands_parse():
-    """Documentation whose commands are refused teaches distrust; and a script that fails at its last
-    command, after days, costs more."""
+    """Documentation whose commands are refused teaches distrust; and a script that fails at its
+    last command, after days, costs more."""
     text = "\n".join(page.read_text() for page in [*PAGES, *sorted((HERE / "runs").glob("*.sh"))])
     for name, value in ("\\\n", " "), ('"$gpus"', "8"), ("$((gpus * nodes))", "8"), (' "$@"', ""):
         text = text.replace(name, value)
