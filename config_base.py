@@ -2,7 +2,7 @@
 (arXiv 2401.02385v2, section 2.5).
 
     python prepare.py tokenize ... --out=data/slimpajama     SlimPajama without its GitHub part,
-                                                             (README, Corpora)
+                                                             (docs/data.md)
     torchrun train.py config_base.py
 
 1,100,048,384 parameters. The authors used 64 A100-40G; at their 24,000 tokens/s each it is 23,000

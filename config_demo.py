@@ -5,7 +5,7 @@ and code with a ramp between the two, then a cooldown by a batch four times as l
     python train.py config_demo.py
 
 1.6 million parameters, 6 million tokens, about three minutes on two CPU cores with bf16, seven or
-eight without. Shape, vocabulary and batch won over others at equal time (README, Results).
+eight without. Shape, vocabulary and batch won over others at equal time (docs/performance.md).
 """
 n_layer, d_model, n_head, n_kv_head, d_ff, context = 3, 128, 2, 1, 352, 256
 

@@ -175,13 +175,32 @@ def test_every_config_field_is_used():
     assert RunOptions.__annotations__.keys() < {f.name for f in fields(TrainConfig)}
 
 
-def test_readme_commands_parse():
-    """A README whose commands are refused teaches distrust."""
-    start = r"^(?:\$ )?(?:python|torchrun(?: --\S+)*)"
-    commands = re.findall(start + r" (\w+)\.py(?: (.*?))?(?:\s+#.*)?$",
-                          (HERE / "README.md").read_text(), re.M)
-    assert len(commands) > 8
+def test_help_says_what_every_key_means():
+    """A list of names and defaults leaves a reader to guess what `keep` keeps."""
+    lines = usage(TrainConfig).splitlines()
+    assert len(lines) == len(fields(TrainConfig))
+    for line, (key, value) in zip(lines, vars(TrainConfig()).items()):
+        assert line.startswith(f"  --{key}={value!r} ") and line.split("  ")[-1].strip(), line
+
+
+# --------------------------------------------------------------------------------------------------
+# README and docs/
+
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+
+
+def test_documented_commands_parse():
+    """Documentation whose commands are refused teaches distrust; and a script that fails at its
+    last command, after days, costs more."""
+    text = "\n".join(page.read_text() for page in [*PAGES, *sorted((HERE / "runs").glob("*.sh"))])
+    for name, value in ("\\\n", " "), ('"$gpus"', "8"), ("$((gpus * nodes))", "8"), (' "$@"', ""):
+        text = text.replace(name, value)
+    start = r"^ *(?:\$ |srun )?(?:python|torchrun(?: +--\S+)*) +"
+    commands = re.findall(start + r"(\w+)\.py(?: (.*?))?(?: +#.*)?$", text, re.M)
+    assert len(commands) > 40
     for script, arguments in commands:
+        if "[FILES...]" in arguments or "$SLURM" in arguments:         # to be filled in
+            continue
         arguments = shlex.split(arguments)
         if script == "train":
             read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
@@ -193,9 +212,29 @@ def test_readme_commands_parse():
             scripts[script].parse_args(arguments)
 
 
-def test_help_says_what_every_key_means():
-    """A list of names and defaults leaves a reader to guess what `keep` keeps."""
-    lines = usage(TrainConfig).splitlines()
-    assert len(lines) == len(fields(TrainConfig))
-    for line, (key, value) in zip(lines, vars(TrainConfig()).items()):
-        assert line.startswith(f"  --{key}={value!r} ") and line.split("  ")[-1].strip(), line
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_documentation_points_to_exists(page):
+    """A link to a page that moved, or an exercise whose test was renamed, sends readers nowhere."""
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    tests = "".join(path.read_text() for path in [HERE / "test_model.py",
+                                                  *(HERE / "tests").glob("test_*.py")])
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+
+
+def test_the_readme_is_short_and_its_map_is_the_tree():
+    """A map that lacks a file, or has one that is gone, misleads those who trust it; and a README
+    that grows is read by nobody. Lines of code within a tenth, so that small changes do not
+    matter."""
+    lines = (HERE / "README.md").read_text().splitlines()
+    assert len(lines) <= 260 and max(map(len, lines)) <= 100
+    scripts = {path.name for path in HERE.glob("*.py") if not path.name.startswith(
+        ("config_", "test_", "conftest"))} | {"config_demo.py"}
+    rows = [re.fullmatch(r"\| (.*?) \| (\d+) \| .* \|", line) for line in lines]
+    rows = {tuple(re.findall(r"`(.*?)`", row[1])): int(row[2]) for row in rows if row}
+    assert sorted(name for names in rows for name in names) == sorted(scripts)
+    for names, printed in rows.items():
+        count = sum(len((HERE / name).read_text().splitlines()) for name in names)
+        assert abs(printed - count) <= max(10, count // 10), (names, printed, count)

@@ -437,10 +437,10 @@ def test_memory_is_as_the_allocator_holds(micro, strategy, how, allocated):
     assert abs(counted(micro, strategy, **how) / 1e9 / allocated - 1) < 0.03
 
 
-def test_memory_in_the_readme_is_what_is_counted():
+def test_memory_in_the_docs_is_what_is_counted():
     """A table that was right once. GB by micro-batch, counted and allocated; and the largest
     micro-batch of a card, with RESERVE left."""
-    text, strategies = (HERE / "README.md").read_text(), ("ddp", "fsdp")
+    text, strategies = (HERE / "docs/performance.md").read_text(), ("ddp", "fsdp")
     found = {}
     row = r"^\| (\d+) \| (\S+) \((\S+)\) \| (\S+) \((\S+)\) \|$"
     for micro, *cells in re.findall(row, text, re.M):
