@@ -7,7 +7,7 @@
 # address) set, an environment active, and this folder on a file system that all share.
 #
 # Before: hf auth login (Llama 2's tokenizer wants its license accepted), and disks with
-# 895 GB for SlimPajama as published and 1.3 TB for its 659B tokens. Tokenizing takes 64 core-hours.
+# 895 GB for SlimPajama as published and 1.3 TB for its 659B tokens. Tokenizing takes some 45 core-hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PS4='$ '
