@@ -76,17 +76,8 @@ from device import (
     peak_flops,
 )
 from files import InputError, read_json
-from sample import (
-    LINEAR_TYPES,
-    Decoder,
-    FrozenLinear,
-    find_model,
-    freeze_for_inference,
-    generate,
-    in_large_pages,
-    load_model,
-    stored_bytes,
-)
+from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
+from sample import Decoder, find_model, generate, load_model, stored_bytes
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
 from train import TrainConfig, World, format_bytes
 

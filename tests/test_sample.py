@@ -11,19 +11,17 @@ import pytest
 import torch
 from test_prepare import AWKWARD, TEXT
 
+import device
 import sample
 from files import InputError
 from model import Llama, ModelConfig
 from prepare import train_tokenizer, write_tokenizer
+from quantize import freeze_for_inference
 from sample import (
-    LINEAR_TYPES,
     Decoder,
-    Int4,
-    Int8,
     TextStreamer,
     Tokenizer,
     find_model,
-    freeze_for_inference,
     generate,
     load_model,
     sample_token,
@@ -154,22 +152,31 @@ def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
     assert back == texts[::-1] * 2
 
 
-def test_running_ahead_changes_nothing(loaded, right, monkeypatch):
-    """On a GPU the next step is told before this one's ids are known: the last must not be told
-    twice, nor an earlier one for the last."""
-    monkeypatch.setattr(sample, "is_async", lambda device: True)
+def test_running_ahead_changes_nothing(loaded, right):
+    """On a GPU the next step is queued before this one's ids are read: the last ids must not come
+    twice, nor earlier ones instead of them."""
     prompts, texts = right
-    assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
+
+    def asynchronous(rows):
+        made = decoder(loaded[0], rows)
+        made.is_async = True
+        return made
+
+    assert texts_of(generate(asynchronous(4), prompts, 1, 20, set(), greedy)) == texts
     ends = {texts[0][7]}
-    cut, = texts_of(generate(decoder(loaded[0]), prompts[:1], 1, 20, ends, greedy))
+    cut, = texts_of(generate(asynchronous(1), prompts[:1], 1, 20, ends, greedy))
     assert cut == texts[0][:texts[0].index(texts[0][7]) + 1]
 
 
-def test_a_prompt_may_come_in_chunks(loaded, right, monkeypatch):
-    """The second part of a prompt continues the first."""
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 5)
-    for prompt, text in zip(*right):
-        assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
+@pytest.mark.parametrize("tokens", [1, 24, 999])
+def test_prompts_run_together_as_far_as_they_fit(loaded, right, tokens, monkeypatch):
+    """Alone, in pairs or all in one pass: padding must not be seen, nor one row's keys be
+    another's."""
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", tokens)
+    prompts, texts = right
+    for n in 1, 2:
+        assert texts_of(generate(decoder(loaded[0], 4 * n), prompts, n, 20, set(), greedy)) == [
+            text for text in texts for _ in range(n)]
 
 
 @pytest.mark.parametrize("guesses", [1, 4, 7])
@@ -271,78 +278,7 @@ def test_what_comes_behind_an_end_is_dropped():
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights that are only read
-
-@pytest.mark.parametrize("kind", [*LINEAR_TYPES])
-@pytest.mark.parametrize("O, I", [(7, 48), (64, 256), (33, 5632), (6, 4098), (5, 16384), (3, 10)])
-def test_sums_are_the_product(kind, O, I):
-    """What is compiled for few rows and what runs for many are two programs for one product: sizes
-    that no group or lane divides, and rows of more than 4,096, each have a path of their own."""
-    torch.manual_seed(0)
-    layer, x = LINEAR_TYPES[kind](torch.randn(O, I)), torch.randn(3, I)
-    right = layer.product(x)
-    assert torch.stack([layer.times(row) for row in x]).sub(right).abs().max() < 1e-5 * I ** 0.5
-    assert layer(x).equal(right) and layer(x[None]).shape == (1, 3, O)
-
-
-def test_rounding_is_to_the_nearest():
-    """A scale for the wrong row or group, halves of a byte exchanged: half a step is what rounding
-    may take, and the largest of a group of int4, which is -8 steps, is exact."""
-    torch.manual_seed(0)
-    weight = torch.randn(12, 192) * torch.logspace(-3, 1, 12)[:, None]
-    weight[3] = 0
-    for layer in Int8(weight), Int4(weight):
-        found = layer.product(torch.eye(192)).T
-        step = layer.scale.abs().reshape(12, -1, 1)
-        away = (found - weight).view(12, step.shape[1], -1).abs()
-        most = 0.501 if isinstance(layer, Int8) else 1.001       # int4 has no 8, where it has a -8
-        assert (away <= step * most).all() and (away <= step * 0.501).float().mean() > 0.98
-        assert (found[3] == 0).all()
-    groups = weight.view(12, 3, 64)
-    largest = groups.abs().argmax(2, keepdim=True)
-    assert found.view(12, 3, 64).gather(2, largest).allclose(groups.gather(2, largest), rtol=1e-5)
-
-
-def test_quantized_logits_are_near(folder, loaded):
-    """Within a hundredth for int8 on a text that the model knows; int4 has 16 steps, not 255."""
-    model, tokenizer = loaded
-    ids = torch.tensor([[1, *tokenizer.encode(VERSE)]])
-    right = model(ids)
-
-    def away(kind):
-        given = load_model(folder, kind, torch.float32)[0].cpu()(ids)
-        return ((given - right).norm() / right.norm()).item()
-
-    assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
-
-
-def test_a_tied_model_is_quantized_too(tmp_path):
-    """Its head has no weight of its own."""
-    torch.manual_seed(0)
-    model = Llama(ModelConfig(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff=64, vocab_size=100,
-                              context=32, tie_embeddings=True)).init_weights()
-    ids = torch.arange(10)[None]
-    right = model(ids)
-    assert torch.allclose(freeze_for_inference(model)(ids), right, atol=1e-5)
-    assert isinstance(freeze_for_inference(Llama(model.config).init_weights(), "int8").head, Int8)
-
-
-def test_text_does_without_cudnn(folder, monkeypatch):
-    """On Blackwell it has chosen other tokens, in silence, for models with fewer than 8 key heads;
-    and it plans anew for each length of a prompt."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    load_model(folder)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_large_pages_hold_the_same():
-    """A view that is short by a page, or of memory that is gone, reads what others wrote."""
-    tensor = torch.randn(700, 1100)
-    copied = sample.in_large_pages(tensor)
-    assert tensor.nbytes > 2 ** 21 and copied.equal(tensor)
-    small = torch.ones(3)
-    assert sample.in_large_pages(small) is small
-
+# Compiled steps
 
 def test_compilation_where_it_comes_back():
     """Three seconds to the first token of the demo, and no minute at a token a second."""
@@ -367,7 +303,7 @@ def test_compiled_text_is_the_same(folder, kind):
     fast = decoder(model, 2, compile=True)
     assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
     with torch.inference_mode():
-        assert fast.fast is not model
+        assert fast.step_model is not model
         ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
         plain = decoder(model, 2)
         plain.prefill(prompts), fast.prefill(prompts)
@@ -556,12 +492,33 @@ def test_a_draft_is_used(run, folder, tmp_path):
 def test_compilation_needs_a_compiler(run, folder, monkeypatch):
     """Asked for where it does not work, it would end in a page of the compiler's own errors; where
     it is chosen, it is left out."""
-    monkeypatch.setattr(sample, "compile_error", lambda device: "no compiler")
+    monkeypatch.setattr(device, "compile_error", lambda device: "no compiler")
     assert "--compile=True does not work here: no compiler" in run(folder, "--compile=True").stderr
     monkeypatch.setattr(sample, "should_compile", lambda *_: True)
     done = run(folder, "--prompt=Two", "--max_new_tokens=3")
     assert done.returncode == 0 and "not compiled: no compiler" in done.stderr
     assert "compiled in" not in done.stderr
+
+
+def test_quantized_logits_are_near(folder, loaded):
+    """Within a hundredth for int8 on a text that the model knows; int4 has 16 steps, not 255."""
+    model, tokenizer = loaded
+    ids = torch.tensor([[1, *tokenizer.encode(VERSE)]])
+    right = model(ids)
+
+    def away(kind):
+        given = load_model(folder, kind, torch.float32)[0].cpu()(ids)
+        return ((given - right).norm() / right.norm()).item()
+
+    assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
+
+
+def test_text_does_without_cudnn(folder, monkeypatch):
+    """On Blackwell it has chosen other tokens, in silence, for models with fewer than 8 key heads;
+    and it plans anew for each length of a prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
