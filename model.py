@@ -25,9 +25,8 @@ The model learns to predict the next token: the logits at position t are scored 
 so targets are inputs shifted by one. The loss is the mean cross-entropy in nats per token, and
 exp(loss) the perplexity: a model that wavers between so many equally likely tokens has this loss.
 Attention crosses the borders of documents inside a window, as the original's does. There is no
-dropout: tokens are seen once or a few times, too seldom to be learned by heart.
-
-Sharding, mixed precision and compilation are applied from outside and change nothing here.
+dropout: tokens are seen once or a few times, too seldom to be learned by heart. Sharding, mixed
+precision and compilation are applied from outside and change nothing here.
 """
 import math
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ class ModelConfig:
             raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
                              f"{2 * self.n_head}: each head rotates pairs of its numbers")
         if self.n_head % self.n_kv_head:
-            raise ModelError(f"n_head {self.n_head} must be a multiple of "
-                             f"n_kv_head {self.n_kv_head}")
+            raise ModelError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 
 
 class RMSNorm(nn.Module):
@@ -145,8 +144,7 @@ def attention(q, k, v, mask=None):
 
 
 class Linear(nn.Linear):
-    """x @ weightᵀ, without bias and without initial values of its own: Llama.init_weights sets them
-    all, once."""
+    """x @ weightᵀ, without bias; its initial values are set by Llama.init_weights only."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -156,13 +154,10 @@ class Linear(nn.Linear):
 
 
 def fused_linear(x, layers):
-    """The output of each of the layers for x: fused QKV, fused gate/up projections.
-
-    In training it is one matmul with their concatenated weights. That fills a GPU which k and v,
-    256 wide, leave idle, and its backward pass writes one gradient of x instead of adding up
-    several. Concatenating costs about as much as casting the weights does; generation, one token at
-    a time, should not pay it.
-    """
+    """The output of each of the layers for x: fused QKV, fused gate/up projections. In training it
+    is one matmul with their concatenated weights: that fills a GPU which k and v, 256 wide, leave
+    idle, and the backward pass writes one gradient of x instead of adding up several. Generation,
+    one token at a time, should not pay for the concatenation."""
     if not layers[0].training:
         return [layer(x) for layer in layers]
     fused = F.linear(x, torch.cat([layer.weight for layer in layers]))
@@ -224,13 +219,11 @@ class Block(nn.Module):
 
 
 def cross_entropy_and_grad(logits, targets):
-    """Two things, for logits (N, V) and targets (N,):
-    - the sum of the cross-entropies in nats, softmax in fp32;
-    - its gradient with respect to the logits (N, V), in their dtype."""
+    """The sum of the cross-entropies in nats of logits (N, V) with targets (N,), softmax in fp32;
+    and its gradient with respect to the logits (N, V), in their dtype: p, less 1 at the target."""
     targets = targets[:, None]                                               # (N, 1)
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)               # (N, V)
     target_log_p = log_p.gather(1, targets)
-    # the gradient of -log p[target] is p, less 1 at the target
     grad = log_p.exp_().to(logits.dtype)
     grad.scatter_(1, targets, (target_log_p.exp() - 1).to(logits.dtype))
     return -target_log_p.sum(), grad
@@ -244,8 +237,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     The logits are the largest tensor of a training step: 384 kB per token in bf16 and fp32 with
     their gradients. So they never exist whole. A chunk of tokens at a time, they become their
-    gradient, and that immediately becomes the gradients of x and of the weight, which the backward
-    pass only scales.
+    gradient, and that immediately the gradients of x and weight, which the backward pass scales.
     """
 
     @staticmethod
@@ -296,8 +288,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Sets the initial values of every parameter, and returns the model. After building on the
-        meta device and `to_empty` this is all that is needed."""
+        """The model, with the initial values of every parameter set. After building on the meta
+        device and `to_empty` this is all that is needed."""
         for name, p in self.named_parameters():
             self.init_parameter(name, p)
         return self
@@ -306,11 +298,10 @@ class Llama(nn.Module):
         """Fills p, of the shape of the parameter so named, with its initial values, those of the
         original's code (lit_gpt/model.py at bf12224, line 40).
 
-        Matrices are normal with standard deviation √(2 / 5C). The two per block that write to the
-        residual stream start smaller, with 1 / (L √C) for L layers: 2L of them are added up, and x
-        should not grow with depth. GPT-2 divides these by √(2L) instead, so that their sum is about
-        as large as one; this is a division by L √(2/5), smaller from six layers on: at first every
-        block is nearly the identity.
+        The two matrices per block that write to the residual stream start smaller than others: 2L
+        of them are added up over L layers, and x should not grow with depth. GPT-2 divides by
+        √(2L), so that their sum is about as large as one. Here it is L √(2/5), more from six layers
+        on: at first every block is nearly the identity.
         """
         C, L = self.config.d_model, self.config.n_layer
         if p.ndim == 1:                                                      # norms
@@ -322,17 +313,18 @@ class Llama(nn.Module):
 
     def hidden_states(self, idx, cache=None):
         """The hidden states (B, T, C) after the last norm, from which the head makes logits."""
-        T = idx.shape[1]
+        T, mask = idx.shape[1], None
         if cache is None or cache.is_empty:      # from the start of a text: plain causal attention
-            positions, mask = torch.arange(T, device=idx.device)[None], None
             assert cache is None or cache.size >= T, (
                 f"{T} tokens do not fit a cache of {cache.size}")
+            positions = torch.arange(T, device=idx.device)[None]
         else:
             positions, mask = cache.positions_and_mask(T)
         cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(idx)                                                  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache and cache.layers[i], positions, mask)
+            layer_cache = None if cache is None else cache.layers[i]
+            x = block(x, cos, sin, layer_cache, positions, mask)
         if cache is not None:
             cache.lengths += T
             cache.is_empty = False
@@ -342,9 +334,9 @@ class Llama(nn.Module):
         """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats per
         token. With a cache, idx continues what the cache holds, and is added to it."""
         x = self.hidden_states(idx, cache)
+        if targets is None:                                                  # (B, T, V)
+            return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        if targets is None:
-            return self.head(x) if hasattr(self, "head") else F.linear(x, weight)    # (B, T, V)
         return FusedLinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(),
                                              self.cross_entropy_and_grad, torch.is_grad_enabled())
 
@@ -352,20 +344,18 @@ class Llama(nn.Module):
         """FLOPs to train on one token of a sequence of T (the context if None): 6N + 12LCT (PaLM,
         arXiv 2204.02311, appendix B), N all parameters: 2 FLOPs each forward and 4 backward;
         attention as if it were not causal."""
-        T = T or self.config.context
-        attn = sum(12 * m.o.in_features * T for m in self.modules() if isinstance(m, Attention))
-        return 6 * sum(p.numel() for p in self.parameters()) + attn
+        N, c = sum(p.numel() for p in self.parameters()), self.config
+        return 6 * N + 12 * c.n_layer * c.d_model * (T or c.context)
 
     def save_pretrained(self, folder, bos_id=1, eos_id=2, tensors=None):
-        """Writes config.json, generation_config.json and model.safetensors as `transformers`, vLLM
-        and llama.cpp's converter read them. `tensors` {name: tensor} replace parameters of which
-        this process holds a shard only."""
+        """Writes config.json, generation_config.json and model.safetensors in the spelling that
+        every version of `transformers`, vLLM and llama.cpp's converter reads. `tensors` {name:
+        tensor} replace the parameters of a process that holds shards only."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {hf_name(name): p.detach().cpu().contiguous()
                    for name, p in (tensors or dict(self.named_parameters())).items()}
         tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        # in the spelling that every version of `transformers` and vLLM reads
         write_json(folder / "config.json", HF_FIXED | tokens | {
             "rope_scaling": None, "use_cache": True,
             "initializer_range": math.sqrt(2 / 5 / self.config.d_model),
@@ -395,7 +385,7 @@ class Llama(nn.Module):
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():
+                    for name in file.keys():                     # noqa: SIM118 (it is no dict)
                         if name in missing:
                             p, tensor = missing.pop(name), file.get_slice(name)
                             if tuple(tensor.get_shape()) != p.shape:
@@ -444,17 +434,16 @@ def chunked_attention(q, k, v, chunk=QUERY_CHUNK):
     a time against the keys up to the last of them. Almost no masked score is computed, and those of
     a chunk stay in the CPU's cache; the backward pass keeps all, H·T / 2 numbers per token."""
     (B, H, T, D), K = q.shape, k.shape[1]
+    G = H // K                                              # query heads that share a key head
+    q = (q * D ** -0.5).reshape(B * K, G, T, D)
     k, v = k.reshape(B * K, T, D), v.reshape(B * K, T, D)
-    q = (q * D ** -0.5).reshape(B * K, H // K, T, D)        # query heads that share a key head
     outputs = []
     for start in range(0, T, chunk):
-        part = q[:, :, start:start + chunk]                                 # (BK, H/K, n, D)
-        n = part.shape[2]
-        num_keys = start + n
+        part = q[:, :, start:start + chunk]                                 # (BK, G, n, D)
+        n, num_keys = part.shape[2], start + part.shape[2]
         mask = torch.full((n, num_keys), -math.inf, dtype=q.dtype, device=q.device).triu(start + 1)
-        scores = torch.baddbmm(mask.repeat(H // K, 1), part.flatten(1, 2),
-                               k[:, :num_keys].mT)                          # (BK, H/K n, num_keys)
-        outputs.append((scores.softmax(-1) @ v[:, :num_keys]).unflatten(1, (H // K, n)))
+        scores = torch.baddbmm(mask.repeat(G, 1), part.flatten(1, 2), k[:, :num_keys].mT)
+        outputs.append((scores.softmax(-1) @ v[:, :num_keys]).unflatten(1, (G, n)))
     return torch.cat(outputs, dim=2).view(B, H, T, D)
 
 
@@ -462,12 +451,10 @@ def chunked_attention(q, k, v, chunk=QUERY_CHUNK):
 # Cached decoding: keys and values are computed once per token and kept
 
 class KVCache:
-    """Keys and values of the tokens so far, for B rows of at most `size` tokens each.
-
-    `layers` holds a pair of tensors (B, K, size, D) per layer, and `lengths` (B,) how many tokens
-    each row has. Only their contents change, never shape or place, so that one compiled graph or
-    CUDA graph serves every step; what a row has not reached yet is masked.
-    """
+    """Keys and values of the tokens so far, for B rows of at most `size` tokens each: `layers`, a
+    pair of tensors (B, K, size, D) per layer, and `lengths` (B,), how many tokens each row has.
+    Only contents change, never shape or place, so that one compiled graph or CUDA graph serves
+    every step; what a row has not reached yet is masked."""
 
     def __init__(self, config, batch, size, device=None, dtype=None):
         shape = (batch, config.n_kv_head, size, config.head_dim)
@@ -475,8 +462,8 @@ class KVCache:
                         torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.size = size
         self.is_empty = True          # what `lengths` says, without waiting for the device
+        self.size = size
 
     def positions_and_mask(self, T):
         """Positions (B, T) of the next T tokens of each row, and a mask (B, 1, T, size) of the keys

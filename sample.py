@@ -2,8 +2,8 @@
 
 CHECKPOINT is a folder of ours, any Hugging Face Llama folder, or a hub name such as
 TinyLlama/TinyLlama_v1.1; without one it is the newest under out/. Generation has two phases.
-Prefill: the prompt runs through the model once, and its keys and values fill the cache. Decode: from
-then on each token costs one pass over a single position. The model returns logits for the next
+Prefill: the prompt runs through the model once, and its keys and values fill the cache. Decode:
+each further token costs one pass over a single position. The model returns logits for the next
 token, one id is sampled from them, and that id is the next input, until the model ends the document
 itself (EOS) or the context is full.
 
@@ -26,6 +26,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import torch
 import torch.nn as nn
@@ -157,8 +158,8 @@ def compile_steps(model):
 
 class Decoder:
     """A model and the KV cache of a number of rows, each a text: `prefill` prompts, then `decode`
-    any number of tokens per row and step. Logits of ids from `vocabulary` on are dropped: they only
-    pad the model's vocabulary to a round size."""
+    any number of tokens per row and step. Ids from `vocabulary` on only pad the model's vocabulary
+    to a round size: their logits are dropped."""
 
     def __init__(self, model, rows, size, vocabulary, compile=False):
         weight = model.embed.weight
@@ -169,11 +170,6 @@ class Decoder:
         self.cache.is_empty = False                          # prefill fills it from other caches
         self.is_async = weight.device.type == "cuda"         # a GPU works while the host goes on
         self.graphs = {}
-
-    def tokens_left(self, prompts, n, max_new_tokens):
-        """How many ids may follow each of n rows per prompt, within the context."""
-        return [min(max_new_tokens, self.model.config.context - len(prompt))
-                for prompt in prompts for _ in range(n)]
 
     def prefill(self, prompts, n=1):
         """Logits (R, V) after prompts (lists of ids), with n rows per prompt: R = n len(prompts).
@@ -214,11 +210,9 @@ class Decoder:
 
     @torch.inference_mode()
     def warmup(self, T):
-        """Runs a step of T tokens and discards it, so that later ones find their code compiled.
-        Prefill after this, not before."""
-        ids = torch.zeros(len(self.cache.lengths), T, dtype=torch.long,
-                          device=self.cache.lengths.device)
-        self.decode(ids).sum().item()
+        """Runs and discards a step of T tokens, so that later ones find their code compiled; to be
+        called before prefill."""
+        self.decode(self.cache.lengths.new_zeros(len(self.cache.lengths), T)).sum().item()
 
     def capture(self, ids):
         """A CUDA graph of one step, which starts its hundreds of kernels by a single call; the
@@ -241,10 +235,10 @@ class Decoder:
 # Sampling
 
 def top_k_top_p(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Probabilities and ids, both (..., k), of the tokens that may follow logits (..., V), likeliest
-    first: of softmax(logits / temperature) the top_k likeliest (0: all), and of these the fewest
-    that together have probability top_p (arXiv 1904.09751). The others' probability is 0, and the
-    sum is not normalised. Temperature 0 leaves the likeliest alone."""
+    """Probabilities and ids, both (..., k), of the tokens that may follow logits (..., V), the
+    likeliest first: of softmax(logits / temperature) the top_k likeliest (0: all), and of these the
+    fewest that together have probability top_p (arXiv 1904.09751); the rest is 0, and the sum not
+    normalised. Temperature 0 leaves the likeliest alone."""
     V = logits.shape[-1]
     values, ids = logits.float().topk(1 if temperature == 0 else min(top_k or V, V))
     p = ((values - values[..., :1]) / max(temperature, 1e-30)).softmax(-1)
@@ -256,8 +250,8 @@ def top_k_top_p(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def sample_categorical(p, generator=None):
-    """One index (..., 1) per row of p (..., V), with probability proportional to p. Exponential-race
-    sampling: unlike torch.multinomial it does not synchronize with the device."""
+    """One index (..., 1) per row of p (..., V), with probability proportional to p. This is
+    exponential-race sampling: unlike torch.multinomial it does not synchronize with the device."""
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
@@ -272,7 +266,7 @@ def copy_to_host(ids):
     waits for it alone, not for what is queued after it."""
     if ids.device.type != "cuda":
         return ids.tolist
-    copied, done = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+    copied, done = torch.empty_like(ids, device="cpu", pin_memory=True), torch.cuda.Event()
     copied.copy_(ids, non_blocking=True)
     done.record()
 
@@ -283,25 +277,29 @@ def copy_to_host(ids):
     return wait
 
 
+def tokens_left(decoder, prompts, n, max_new_tokens):
+    """How many ids each of n rows per prompt may still get, within the model's context."""
+    context = decoder.model.config.context
+    return [min(max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(n)]
+
+
 def truncate_at_eos(new, left, eos_ids):
     """`new`, a list of ids per row, each cut after its EOS and at what `left` allows that row.
     Updates `left`: 0 once a row has ended."""
     for r, ids in enumerate(new):
         ids = ids[:left[r]]
-        end = next((k for k, i in enumerate(ids) if i in eos_ids), None)
-        new[r], left[r] = (ids, left[r] - len(ids)) if end is None else (ids[:end + 1], 0)
+        end = next((k + 1 for k, i in enumerate(ids) if i in eos_ids), None)
+        new[r] = ids[:end]
+        left[r] = 0 if end else left[r] - len(ids)
     return new
 
 
 @torch.inference_mode()
 def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
     """Yields the continuations of prompts (lists of ids), n samples of each, one step at a time: a
-    list per row with the one id that it got, or empty once the row has ended.
-
-    `pick` takes logits (R, V) and returns ids (R,). A row gets at most max_new_tokens ids, and never
-    more than the context has room for.
-    """
-    left = decoder.tokens_left(prompts, n, max_new_tokens)
+    list per row with the one id that it got, or empty once the row has ended. `pick` takes logits
+    (R, V) and returns ids (R,). A row gets at most max_new_tokens ids, within the context."""
+    left = tokens_left(decoder, prompts, n, max_new_tokens)
     max_steps = max(left)
 
     def next_ids(ids):
@@ -376,7 +374,7 @@ def speculate(decoder, draft, k, prompts, n, max_new_tokens, eos_ids, settings, 
     `settings` are those of top_k_top_p. counts[0] is raised by the draft tokens proposed, counts[1]
     by those accepted.
     """
-    left = decoder.tokens_left(prompts, n, max_new_tokens)
+    left = tokens_left(decoder, prompts, n, max_new_tokens)
 
     def probabilities(logits):                               # (..., V), over the whole vocabulary
         p, ids = top_k_top_p(logits, **settings)
@@ -412,45 +410,37 @@ def speculate(decoder, draft, k, prompts, n, max_new_tokens, eos_ids, settings, 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py",
                                      description="Generate text with a trained model.")
-    parser.add_argument("checkpoint", nargs="?",
-                        help="a folder or a hub name; default: the newest under out/")
-    parser.add_argument("--prompt", help="the text to continue; default: none, a document from "
-                        "its beginning")
-    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one per line; "
-                        'prints {"prompt": ..., "completion": ...} lines in their order')
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--num_samples", type=int, help="of each prompt; default: 1, or 4 where "
-                        "there is neither a prompt nor --temperature=0")
-    parser.add_argument("--temperature", type=float, default=0.7,
-                        help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=50,
-                        help="sample from the k likeliest tokens only; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0,
-                        help="sample from the likeliest tokens that have this probability together")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--quantize", choices=[*filter(None, LINEAR_TYPES)],
-                        help="store weights in fewer bits")
-    parser.add_argument("--draft", metavar="CHECKPOINT",
-                        help="a smaller model, which drafts tokens for this one to verify")
-    parser.add_argument("--guesses", type=int, default=4, help="tokens of the draft per step")
-    parser.add_argument("--batch", type=int, default=16,
-                        help="texts of --prompts to generate at the same time")
-    parser.add_argument("--compile", choices=["True", "False"], help="default: where it pays off")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="a folder or a hub name; default: the newest under out/")
+    add("--prompt", help="the text to continue; default: none, a document from its beginning")
+    add("--prompts", metavar="FILE", help='many prompts, one per line; prints {"prompt": ..., '
+        '"completion": ...} lines in their order')
+    add("--max_new_tokens", type=int, default=200)
+    add("--num_samples", type=int, help="of each prompt; default: 1, or 4 where there is neither a "
+        "prompt nor --temperature=0")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    add("--top_k", type=int, default=50, help="sample from the k likeliest tokens only; 0: all")
+    add("--top_p", type=float, default=1.0,
+        help="sample from the likeliest tokens that have this probability together")
+    add("--seed", type=int, default=1337)
+    add("--quantize", choices=[*filter(None, LINEAR_TYPES)], help="store weights in fewer bits")
+    add("--draft", metavar="CHECKPOINT", help="a smaller model, whose draft this one verifies")
+    add("--guesses", type=int, default=4, help="tokens of the draft per step")
+    add("--batch", type=int, default=16, help="texts of --prompts to generate at the same time")
+    add("--compile", choices=["True", "False"], help="default: where it pays off")
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompts is not None:
         sys.exit("--prompt and --prompts exclude one another")
     if args.num_samples is None:
         args.num_samples = 1 if args.prompt or args.prompts or args.temperature == 0 else 4
-    for name, fine, wanted in (("max_new_tokens", args.max_new_tokens > 0, "above 0"),
-                               ("num_samples", args.num_samples > 0, "above 0"),
-                               ("temperature", args.temperature >= 0, "0 or above"),
-                               ("top_k", args.top_k >= 0, "0 or above"),
-                               ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-                               ("guesses", args.guesses > 0, "above 0"),
-                               ("batch", args.batch > 0, "above 0"),
-                               ("seed", 0 <= args.seed < 2 ** 63, "0 or above, below 2^63")):
-        if not fine:
-            sys.exit(f"--{name} must be {wanted}, got {getattr(args, name)}")
+    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0),
+                        ("guesses", 1), ("batch", 1), ("seed", 0)):
+        if not getattr(args, name) >= least:
+            sys.exit(f"--{name} must be {least} or above, got {getattr(args, name)}")
+    if args.seed >= 2 ** 63:
+        sys.exit(f"--seed must be below 2^63, got {args.seed}")
+    if not 0 < args.top_p <= 1:
+        sys.exit(f"--top_p must be in (0, 1], got {args.top_p}")
     return args
 
 
@@ -485,18 +475,15 @@ def read_prompts(path, tokenizer, context):
 
 
 def print_stream(generate_fn, prompt, ids, n, tokenizer):
-    """Prints one prompt with its n continuations, the first as it comes. Returns the ids of each."""
-    streamers = [TextStreamer(tokenizer, ids) for _ in range(n)]
-    texts, rows = [prompt] * n, [[] for _ in range(n)]
+    """Prints a prompt with its n continuations, the first as it comes. Returns the ids of each."""
+    streamer, rows = TextStreamer(tokenizer, ids), [[] for _ in range(n)]
     print(prompt, end="", flush=True)
     for new in generate_fn([ids]):
-        added = [streamer.add(new_ids) for streamer, new_ids in zip(streamers, new)]
-        texts = [text + more for text, more in zip(texts, added)]
+        print(streamer.add(new[0]), end="", flush=True)
         rows = [row + new_ids for row, new_ids in zip(rows, new)]
-        print(added[0], end="", flush=True)
-    print(streamers[0].add([], last=True))
-    for streamer, text in zip(streamers[1:], texts[1:]):
-        print("---", text + streamer.add([], last=True), sep="\n")
+    print(streamer.add([], last=True))
+    for row in rows[1:]:
+        print("---", prompt + TextStreamer(tokenizer, ids).add(row, last=True), sep="\n")
     return rows
 
 
@@ -536,23 +523,11 @@ def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens):
 
 def load_draft(name, quantize, tokenizer):
     folder = find_model(name)
-    draft, its_tokenizer = load_model(folder, quantize)
-    if (its_tokenizer.vocabulary() != tokenizer.vocabulary()
-            or its_tokenizer.bos_id != tokenizer.bos_id):
-        sys.exit(f"the draft {folder} has another tokenizer ({its_tokenizer.size} tokens) than "
-                 f"this model ({tokenizer.size}): it cannot draft its tokens")
+    draft, other = load_model(folder, quantize)
+    if other.vocabulary() != tokenizer.vocabulary() or other.bos_id != tokenizer.bos_id:
+        sys.exit(f"the draft {folder} has another tokenizer ({other.size} tokens) than this model "
+                 f"({tokenizer.size}): it cannot draft its tokens")
     return draft
-
-
-def report_draft(counts, tokens_per_second, decoder):
-    """Prints how many draft tokens were accepted, and the speed against steps without a draft."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        decoder.warmup(1)
-        seconds.append(time.perf_counter() - start)
-    print(f"the draft: {counts[1]} of {counts[0]} tokens accepted, {counts[1] / counts[0]:.0%}; "
-          f"{tokens_per_second * min(seconds):.2f} times as fast as without", file=sys.stderr)
 
 
 def main(argv):
@@ -567,8 +542,8 @@ def main(argv):
         prompts, skipped = read_prompts(args.prompts, tokenizer, context)
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
     dtype = args.quantize or str(model.embed.weight.dtype).removeprefix("torch.")
-    print(f"{folder}: {count_parameters(model):,} parameters in {stored_bytes(model) / 1e6:,.1f} MB, "
-          f"{dtype}, {generator.device}", file=sys.stderr)
+    print(f"{folder}: {count_parameters(model):,} parameters in "
+          f"{stored_bytes(model) / 1e6:,.1f} MB, {dtype}, {generator.device}", file=sys.stderr)
 
     # the caches have room for the longest text, and for a step of draft tokens beyond its end
     at_once = min(len(prompts), max(1, args.batch // n))
@@ -587,13 +562,12 @@ def main(argv):
         steps_of = partial(generate, build(model, step_tokens=(1,)),
                            pick=partial(sample_token, **settings, generator=generator))
 
-    times, tokens_per_row = [], []              # of each step
+    steps = []                                  # (when, tokens per row) of each
 
     def generate_fn(prompts):
         for new in steps_of(prompts, n=n, max_new_tokens=args.max_new_tokens,
                             eos_ids=tokenizer.eos_ids):
-            times.append(time.perf_counter())
-            tokens_per_row.append(sum(map(len, new)) / len(new))
+            steps.append((time.perf_counter(), sum(map(len, new)) / len(new)))
             yield new
 
     start = time.perf_counter()
@@ -601,13 +575,17 @@ def main(argv):
             else print_lines(generate_fn, prompts, at_once, n, tokenizer))
     seconds, tokens = time.perf_counter() - start, sum(map(len, rows))
     report = (f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; "
-              f"the first after {times[0] - start:.2f} s")
+              f"the first after {steps[0][0] - start:.2f} s")
     full = sum(len(ids) < args.max_new_tokens and ids[-1] not in tokenizer.eos_ids for ids in rows)
     if full:
         report += f"; {full} stopped where the context of {context} is full"
     print(report, file=sys.stderr)
-    if args.draft and len(times) > 2:           # the first two steps warm up
-        report_draft(counts, sum(tokens_per_row[2:]) / (times[-1] - times[1]), decoder)
+    if args.draft and len(steps) > 2:           # the first two steps warm up
+        rate = sum(gained for _, gained in steps[2:]) / (steps[-1][0] - steps[1][0])
+        plain_step = min(repeat(lambda: decoder.warmup(1), number=1, repeat=5))        # seconds
+        print(f"the draft: {counts[1]} of {counts[0]} tokens accepted, "
+              f"{counts[1] / counts[0]:.0%}; {rate * plain_step:.2f} times as fast as without",
+              file=sys.stderr)
     if skipped:
         sys.exit(3)
 
