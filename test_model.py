@@ -252,7 +252,7 @@ def test_attention_is_what_it_means(T, S):
 
 def test_chunked_attention_has_sdpas_gradients(monkeypatch):
     """Queries are cut anywhere, also where the last chunk is short; a key that a chunk does not see
-    must get nothing from it. And it is what a CPU takes in bf16, where both are as far from fp32."""
+    must get nothing from it. A CPU takes it in bf16, where both are as far from fp32."""
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, n, 150, 16, requires_grad=True) for n in (6, 2, 2, 6))
 
@@ -494,21 +494,22 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 
 @pytest.mark.parametrize("N", [1, 5, 8, 37])
-def test_loss_by_parts_is_the_whole_loss(N, monkeypatch):
-    """Loss and both gradients, for rows that divide into equal parts and for rows that do not, and
-    scaled as that of a micro-batch is."""
+def test_chunked_loss_is_the_whole_loss(N, monkeypatch):
+    """Loss and both gradients, where tokens divide into equal chunks and where they do not, and
+    scaled as the loss of a micro-batch is."""
     monkeypatch.setattr(model_module, "LOSS_CHUNK", 5)
     torch.manual_seed(0)
     x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (N,))
     whole = F.cross_entropy(x @ weight.T, targets)
-    parts = FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, True)
-    assert abs(parts - whole) < 1e-5
-    for ours, theirs in zip(torch.autograd.grad(0.3 * parts, (x, weight)),
+    chunked = FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, True)
+    assert abs(chunked - whole) < 1e-5
+    for ours, theirs in zip(torch.autograd.grad(0.3 * chunked, (x, weight)),
                             torch.autograd.grad(0.3 * whole, (x, weight))):
         assert_close(ours, theirs)
     with torch.no_grad():
-        assert FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, False) == parts
+        assert chunked == FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad,
+                                                        False)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -534,8 +535,9 @@ def test_logits_never_exist_whole(grad, monkeypatch):
     assert largest.numbers <= max(4 * 32 * 4000 / 8, 4000 * 12)
 
 
-def test_joined_products_are_the_layers_own():
-    """In training several layers are one product; generating, each stands for itself."""
+def test_fused_layers_are_the_layers():
+    """In training several layers are one matmul, in generation each is its own: a wrong split would
+    give part of k to v."""
     model = tiny()
     attn, x = model.blocks[0].attn, torch.randn(2, 5, 48)
     layers = attn.q, attn.k, attn.v
@@ -545,8 +547,8 @@ def test_joined_products_are_the_layers_own():
         out = torch.cat(list(fused_linear(x, layers)), dim=-1)
         out.square().sum().backward()
         found[training] = [out, *(layer.weight.grad for layer in layers)]
-    for joined, alone in zip(found[True], found[False]):
-        assert_close(joined, alone)
+    for fused, alone in zip(found[True], found[False]):
+        assert_close(fused, alone)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -561,7 +563,7 @@ def test_every_parameter_gets_a_gradient(tied):
 
 
 def test_one_graph_no_breaks():
-    """A graph break costs speed in silence: fullgraph makes it an error."""
+    """A graph break costs speed silently: fullgraph makes it an error."""
     model = tiny()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(tokens()), model(tokens()))
@@ -569,8 +571,7 @@ def test_one_graph_no_breaks():
 
 
 def test_all_blocks_share_one_graph():
-    """Blocks compiled one by one, each for its number, would take minutes instead of seconds, and
-    fail at the ninth."""
+    """A graph per block would take minutes to compile instead of seconds, and fail at the ninth."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = tiny(n_layer=12)
@@ -583,8 +584,7 @@ def test_all_blocks_share_one_graph():
 
 
 def test_overfits_one_batch():
-    """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has
-    it."""
+    """A model that cannot learn 40 tokens by heart has a fault between loss and weights."""
     torch.manual_seed(0)
     model = Llama(ModelConfig(**TINY)).init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -141,7 +141,7 @@ def test_generation_equals_the_uncached_loop(loaded, right):
         assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
 
 
-def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
+def test_a_text_does_not_depend_on_the_other_rows(loaded, right):
     """Rows of other lengths, several samples, another batch before in the same cache: whatever
     shifts a row's positions or its mask changes its text."""
     prompts, texts = right
@@ -182,8 +182,8 @@ def test_prompts_run_together_as_far_as_they_fit(loaded, right, tokens, monkeypa
 @pytest.mark.parametrize("guesses", [1, 4, 7])
 @pytest.mark.parametrize("who", ["itself", "a stranger", "nearly"])
 def test_a_draft_changes_no_text(loaded, right, who, guesses):
-    """Whatever the draft says, greedy text is the model's own: a cache that keeps a guess which was
-    refused, or one that misses the last guess, talks on from there."""
+    """Whatever the draft says, greedy text is the model's own: a cache that keeps a rejected draft
+    token, or one that misses the last token, would continue from there."""
     model, _ = loaded
     drafts = {"itself": model, "a stranger": tiny(5), "nearly": tiny(1)}
     if who == "nearly":
@@ -201,9 +201,9 @@ def test_a_draft_changes_no_text(loaded, right, who, guesses):
 
 @pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.6},
                                  {"temperature": 1.3, "top_k": 4, "top_p": 0.8}])
-def test_a_draft_changes_no_chance(how, monkeypatch):
-    """Pairs of tokens come as often as the model says, drawn with a draft that thinks otherwise:
-    one that accepts too readily, or draws again from the wrong rest, tilts the distribution."""
+def test_a_draft_changes_no_probability(how, monkeypatch):
+    """Triples of tokens come as often as the model says, with a draft of another distribution: to
+    accept too readily, or to sample again from the wrong rest, would tilt it."""
     monkeypatch.setattr(sample, "CACHE_MULTIPLE", 8)                  # 20,000 rows of cache
     n, V = 20_000, 6
     model, draft = (tiny(seed, n_layer=1, vocab_size=V, d_model=32, n_head=2, n_kv_head=1, d_ff=32,
@@ -250,8 +250,8 @@ def test_the_prompt_is_run_once_for_many_samples(loaded):
 
 
 def test_each_sample_ends_for_itself(loaded):
-    """A sample that has met its EOS is silent while the others go on, and when all have, nothing
-    more is computed."""
+    """A sample that has met its EOS gets no more ids while the others go on, and when all have,
+    nothing more is computed."""
     model, _ = loaded
     script = iter([[5, 6, 7], [2, 6, 7], [9, 2, 7], [9, 9, 2], [9, 9, 9]])
     given = list(generate(decoder(model, 3), [[1]], 3, 10, {2},
@@ -270,17 +270,18 @@ def test_generation_stops_at_the_context(loaded):
         assert len(one) == room and with_draft == one
 
 
-def test_what_comes_behind_an_end_is_dropped():
-    """Guesses go on behind EOS, and behind the room that is left."""
+def test_what_comes_after_eos_is_dropped():
+    """Draft tokens go on after EOS, and beyond the tokens that a row may still get."""
     left = [9, 9, 2, 0]
-    assert truncate_at_eos([[5, 2, 7], [5, 6], [5, 6, 7], [5]], left, {2}) == [[5, 2], [5, 6], [5, 6], []]
+    new = [[5, 2, 7], [5, 6], [5, 6, 7], [5]]
+    assert truncate_at_eos(new, left, {2}) == [[5, 2], [5, 6], [5, 6], []]
     assert left == [0, 7, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
 # Compiled steps
 
-def test_compilation_where_it_comes_back():
+def test_compilation_where_it_pays_off():
     """Three seconds to the first token of the demo, and no minute at a token a second."""
     with torch.device("meta"):
         small, large = tiny(0), freeze_for_inference(Llama(ModelConfig()))
@@ -295,13 +296,16 @@ def test_compilation_where_it_comes_back():
 @pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow),
                                   pytest.param("int4", marks=pytest.mark.slow)])
 def test_compiled_text_is_the_same(folder, kind):
-    """The compiled step is another program, with sums in place of products."""
+    """The compiled step is another program, with sums in place of matmuls."""
     model, tokenizer = load_model(folder, kind, torch.float32)
     prompts = [[1, *tokenizer.encode(prompt)] for prompt in PROMPTS[:2]]
     plain = texts_of(generate(decoder(model, 2), prompts, 1, 20, set(), greedy))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     fast = decoder(model, 2, compile=True)
     assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
+    # one graph for all blocks and one for the head, whatever the lengths of the rows
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     with torch.inference_mode():
         assert fast.step_model is not model
         ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
@@ -321,9 +325,9 @@ def test_a_graph_is_the_same_as_its_kernels(folder, right):
 
 
 # --------------------------------------------------------------------------------------------------
-# Drawing
+# Sampling
 
-def test_choose_is_the_distribution_it_says():
+def test_sample_token_follows_its_distribution():
     """A top-p that drops the token that crosses the line, or a temperature after the cut, is a
     different distribution."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -353,7 +357,7 @@ def test_choose_is_the_distribution_it_says():
 
 
 def test_a_padded_vocabulary_is_never_spoken(run, folder, tmp_path):
-    """Vocabularies are padded to round sizes; the rows behind the last piece decode to an error."""
+    """Vocabularies are padded to round sizes; ids after the last token decode to an error."""
     shutil.copytree(folder, tmp_path / "m")
     config = ModelConfig(n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=4000,
                          context=32)
@@ -363,8 +367,8 @@ def test_a_padded_vocabulary_is_never_spoken(run, folder, tmp_path):
 
 
 def test_streamed_text_is_the_whole_text(folder):
-    """Characters of several bytes come in pieces: printed at once, each would be a replacement
-    sign."""
+    """Characters of several bytes come in several tokens: printed immediately, each part would be a
+    replacement character."""
     tokenizer = Tokenizer(folder)
     for text in [*AWKWARD, TEXT, VERSE, "🙂🙂é中\n"]:
         ids = tokenizer.encode(text)
@@ -377,7 +381,7 @@ def test_streamed_text_is_the_whole_text(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 def test_only_text_goes_to_standard_output(run, folder):
     """Whatever else is printed there ends up in the file of who redirects it."""
@@ -480,7 +484,7 @@ def test_many_prompts(run, folder, tmp_path):
 
 
 def test_a_draft_is_used(run, folder, tmp_path):
-    """Its worth is printed; the text is the model's own, and so is the tokenizer."""
+    """What the draft gains is printed; the text is the model's own, and so is the tokenizer."""
     done = run(folder, "--prompt=Two", "--temperature=0", f"--draft={folder}")
     assert done.stdout == VERSE + "\n" and "100%" in done.stderr and "times as fast" in done.stderr
     shutil.copytree(folder, tmp_path / "other")
