@@ -381,26 +381,31 @@ class Llama(nn.Module):
     def load_tensors(self, folder, part=lambda p: (p, slice(None))):
         """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a
         time. `part(parameter)` returns the tensor to fill and the rows that belong in it."""
-        missing, unknown = {hf_name(name): p for name, p in self.named_parameters()}, []
+        parameters = {hf_name(name): p for name, p in self.named_parameters()}
+        if self.config.tie_embeddings:           # some writers store the one matrix as the head
+            parameters["lm_head.weight"] = self.embed.weight
+        filled, unknown = set(), []
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():                     # noqa: SIM118 (it is no dict)
-                        if name in missing:
-                            p, tensor = missing.pop(name), file.get_slice(name)
+                        if name in parameters:
+                            p, tensor = parameters[name], file.get_slice(name)
                             if tuple(tensor.get_shape()) != p.shape:
                                 raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
                                                  f"but config.json makes it {tuple(p.shape)}")
                             local, rows = part(p)
                             local.copy_(tensor[rows])
-                        elif not name.endswith(IGNORED_TENSORS[:1 + self.config.tie_embeddings]):
+                            filled.add(id(p))
+                        elif not name.endswith("rotary_emb.inv_freq"):      # computed, not learned
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read, "
                                  f"it is truncated or no safetensors file ({error})") from None
+        missing = [name for name, p in parameters.items() if id(p) not in filled]
         if missing or unknown:
-            raise ModelError(f"{folder} does not hold the model of its config.json: missing "
-                             f"{sorted(missing) or 'nothing'}, unknown {unknown or 'nothing'}")
+            raise ModelError(f"{folder} does not hold the model of its config.json: "
+                             f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -510,9 +515,6 @@ HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
 # settings of config.json of which this file implements one value
 HF_FIXED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False}
-
-# some writers store tensors that follow from others: rotary frequencies and, where tied, the head
-IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 def hf_name(name):

@@ -54,19 +54,18 @@ def find_model(name):
         return Path(name)           # if it does not exist, reading its config.json says so
     try:
         from huggingface_hub import snapshot_download
-    except ImportError:
-        sys.exit(f"there is no folder {name}; to take it from the hub: pip install huggingface_hub")
-    try:
         return Path(snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except ImportError:
+        sys.exit(f"there is no folder {name}; to take it from the hub: pip install huggingface_hub")
     except Exception as error:      # of the network, the hub or the name: its own words say which
         sys.exit(f"there is no folder {name}, and the hub did not give it: {error}")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: `encode` text to ids and `decode` back, without special
-    tokens; `size`; `bos_id`, with which a text begins, and `eos_ids`, which end it. It is read from
-    tokenizer.model by sentencepiece, or else from tokenizer.json by tokenizers."""
+    """The tokenizer of a model folder: `encode` and `decode`, without special tokens; `size`;
+    `bos_id`, with which a text begins, and `eos_ids`, which end it. It is read from tokenizer.model
+    by sentencepiece, or else from tokenizer.json by tokenizers."""
 
     def __init__(self, folder):
         folder = Path(folder)
@@ -369,11 +368,8 @@ def verify_draft(p, q, draft_ids, generator=None):
 def speculate(decoder, draft, k, prompts, n, max_new_tokens, eos_ids, settings, generator,
               counts=None):
     """Yields as generate does, but several ids per row and step: the decoder `draft` proposes k
-    tokens one by one, and `decoder` verifies them in one pass (arXiv 2211.17192).
-
-    `settings` are those of top_k_top_p. counts[0] is raised by the draft tokens proposed, counts[1]
-    by those accepted.
-    """
+    tokens one by one, and `decoder` verifies them in one pass (arXiv 2211.17192). `settings` are
+    those of top_k_top_p. counts, [proposed, accepted] draft tokens, is added to."""
     left = tokens_left(decoder, prompts, n, max_new_tokens)
 
     def probabilities(logits):                               # (..., V), over the whole vocabulary
@@ -456,8 +452,7 @@ def encode_prompt(text, tokenizer, context):
 
 
 def read_prompts(path, tokenizer, context):
-    """[(text, ids), ...] of the prompts in a file, one per line, and how many lines were left out
-    because they cannot be used."""
+    """[(text, ids), ...] of the prompts in a file, one per line; how many lines are unusable."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:

@@ -162,6 +162,19 @@ def test_several_files_with_an_index(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("names", [["lm_head.weight"],
+                                   ["lm_head.weight", "model.embed_tokens.weight"]])
+def test_a_tied_matrix_may_be_stored_as_the_head(names, tmp_path):
+    """Some writers store the one matrix of a tied model as the head, or twice: it was called
+    missing."""
+    ours = tiny(tie_embeddings=True)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    matrix = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {name: matrix.clone() for name in names}, tmp_path / "model.safetensors")
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens()), ours(tokens()))
+
+
 def test_both_spellings_of_rope(tmp_path):
     """transformers 5 writes rope_parameters and no rope_theta: read as absent, the base would
     silently be 10,000."""
