@@ -130,6 +130,7 @@ def attention(q, k, v, mask=None):
     """
     if mask is not None:
         return masked_attention(q, k, v, mask)
+    assert q.shape[2] == k.shape[2], f"{q.shape[2]} queries of {k.shape[2]} keys need a mask"
     backend, _ = attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "flash-attn":                     # it wants and returns (B, T, heads, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
