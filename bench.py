@@ -62,37 +62,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model
-import parallel
 import prepare
 import train
-from config import load_config
-from data import Header, Source, token_writer
+from config import load
+from data import Header, Source, TokenWriter
 from device import (
     compile_error,
     device_name,
     disable_malloc_trim,
     find_device,
     find_dtype,
-    format_bytes,
     memory_used,
     peak_flops,
 )
 from files import InputError, read_json
-from parallel import World
-from plan import choose_training_compile
-from sample import (
-    LINEAR_TYPES,
-    Decoder,
-    FrozenLinear,
-    find_model,
-    freeze_for_inference,
-    generate,
-    in_large_pages,
-    load_model,
-    stored_bytes,
-)
+from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
+from sample import Decoder, find_model, generate, load_model, stored_bytes
 from tokenizer import Encoder, llama_style, tokenizer_json, write_tokenizer
-from train import TrainConfig
+from train import TrainConfig, World, format_bytes
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -202,7 +189,7 @@ def cannot(cfg, device):
 
 def compiles(cfg, device):
     """(whether training would compile in a run that is long enough, why)."""
-    return choose_training_compile(cfg, device, math.inf)
+    return train.choose_compile(cfg, device, flops=math.inf)
 
 
 def do_without(left_out):
@@ -223,7 +210,7 @@ def random_source(folder, cfg):
     tokenizer = sha256(b"").hexdigest()
     (folder / "tokenizer.model").write_bytes(b"")
     n = 64 * cfg.context + 1
-    with token_writer(folder / "train_00000.bin", Header(cfg.vocab_size, 1, 2, tokenizer)) as file:
+    with TokenWriter(folder / "train_00000.bin", Header(cfg.vocab_size, 1, 2, tokenizer)) as file:
         file.write(np.random.default_rng(0).integers(3, cfg.vocab_size, n))
     (folder / "source.json").write_text(json.dumps(
         {"train": {"tokens": n, "documents": 1, "bytes": n}}))
@@ -272,15 +259,15 @@ def measure_training(cfg, batch, seconds, left_out=()):
         disable_malloc_trim()
     dtype = torch.float32 if "bf16" in left_out else find_dtype(device, cfg.dtype)[0]
     compiled = "compilation" not in left_out and compiles(cfg, device)[0]
-    micro, _ = parallel.split_batch(batch, 1, cfg.micro_batch)
+    micro, _ = train.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
-    recompute = parallel.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
-    counted = sum(parallel.estimate_memory(llama, cfg, 1, micro, dtype, device, compiled, recompute))
+    recompute = train.choose_recompute(llama, cfg, 1, micro, dtype, device, compiled)
+    counted = sum(train.estimate_memory(llama, cfg, 1, micro, dtype, device, compiled, recompute))
     empty = memory_used(device)
-    called = parallel.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
+    called = train.parallelize(llama, world, "none", dtype, compiled, cfg.activation_checkpointing,
                                recompute)
-    parallel.init_weights(llama, 1)
+    train.init_weights(llama, cfg)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in left_out)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -319,7 +306,7 @@ def measure_transformers(cfg, batch, seconds):
         llama.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=cfg.learning_rate, fused=True)
     called = torch.compile(llama) if compiles(cfg, device)[0] else llama
-    micro, parts = parallel.split_batch(batch, 1, cfg.micro_batch)
+    micro, parts = train.split_batch(batch, 1, cfg.micro_batch)
     x = torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
 
     def step():
@@ -347,11 +334,10 @@ def flops_of(cfg):
 def training_of(args, device):
     """(config, rows of a step) of a command line."""
     named = any(not arg.startswith("--") for arg in args.recipe)
-    cfg = load_config([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
+    cfg = load([*([] if named else ON_GPU if device.type == "cuda" else ON_CPU), *args.recipe],
                TrainConfig)
     if cfg.data:
-        size = Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context).header.vocab_size
-        cfg = replace(cfg, vocab_size=cfg.vocab_size or size)
+        cfg, _, _ = train.read_sources(cfg, [cfg.data])
     elif not cfg.vocab_size:
         cfg = replace(cfg, vocab_size=32_000)
         print("a vocabulary of 32,000, as the recipe leaves it to the data: --data=NAME, or "
@@ -531,7 +517,7 @@ def measure_workers(model, texts):
         for workers, units in [*seconds] * 2:                                       # in turns
             before = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-c", "import prepare, sys; prepare.SHARD_BYTES = 1; "
+                [sys.executable, "-c", "import prepare, sys; prepare.UNIT = 1; "
                  "prepare.main(sys.argv[1:])", "tokenize", *files[:units], f"--out={folder}/out",
                  f"--tokenizer={folder}/tokenizer.model", f"--workers={workers}"],
                 check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
@@ -546,7 +532,7 @@ def corpora_of(args):
     if args.files:
         if not args.tokenizer:
             sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
-        choice = prepare.RowFilter(args.text_key)
+        choice = prepare.Choice(args.text_key)
         corpora = {path: prepare.all_texts(prepare.list_files([path]), choice)[0]
                    for path in args.files}
     else:
@@ -905,7 +891,7 @@ def bench_quality(args):
 def demo_model(out):
     """A folder with an untrained model of the demo's shape, and a tokenizer as large as its."""
     tokenizer = prepare.train_tokenizer(prepare.documentation(), 4096)
-    cfg = load_config(["config_demo.py"], TrainConfig)
+    cfg = load(["config_demo.py"], TrainConfig)
     shape = {field.name: getattr(cfg, field.name) for field in fields(model.ModelConfig)}
     model.Llama(model.ModelConfig(**shape | {"vocab_size": 4096})).init_weights().save_pretrained(
         out)
@@ -916,7 +902,7 @@ def demo_model(out):
 def requests_of(n):
     """{kind: (method of the harness, what it is asked, requests of a question)}: n questions as
     long as HellaSwag's and n texts to continue, from this Python's library; and documents of it."""
-    texts = [text.split(" ") for text in prepare.stdlib_corpus()[0] if len(text) > 600][:n]
+    texts = [text.split(" ") for text in prepare.embedded_corpus()[0] if len(text) > 600][:n]
     contexts = [" ".join(words[:40]).rstrip() for words in texts]
     endings = [" " + " ".join(words[40:55]).strip() for words in texts]
     return {"multiple choice": ("loglikelihood", [

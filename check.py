@@ -17,6 +17,7 @@ import parallel
 import sample
 import train
 from device import compile_error, device_name, find_device, find_dtype
+from quantize import LINEAR_TYPES, freeze_for_inference
 
 CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
 
@@ -72,7 +73,7 @@ def text(device, quantize, compile=False):
     torch.manual_seed(0)
     llama = model.Llama(model.ModelConfig(n_layer=4, d_model=512, n_head=8, n_kv_head=2, d_ff=1408,
                                           vocab_size=4096, context=512)).init_weights()
-    llama = sample.freeze_for_inference(llama.to(device), quantize)
+    llama = freeze_for_inference(llama.to(device), quantize)
     steps = sample.generate(sample.Decoder(llama, 2, 200, 4096, compile), [[5, 6, 7], [9] * 40], 1,
                             40, set(), lambda logits: logits.argmax(-1))
     return torch.tensor([sum(row, []) for row in zip(*steps)])
@@ -99,7 +100,7 @@ def main(argv):
     exact = step(CPU, FP32)
     for dtype, most in ((FP32, 1e-4), (BF16, 1e-2))[:1 + (find_dtype(device)[0] == BF16)]:
         for what, *how in (("training", 1, 2048, 2048, False, True), ("a prompt", 1, 100, 100),
-                           ("its next chunk", 1, 512, 1000), ("a token", 1, 1, 640, True),
+                           ("its next chunk", 1, 512, 1000, True), ("a token", 1, 1, 640, True),
                            ("tokens of 16 texts", 16, 1, 640, True), ("a draft", 3, 5, 640, True),
                            ("a tree of answers", 4, 200, 200, True)):
             report(f"attention in {dtype}, {what}", most,
@@ -108,7 +109,7 @@ def main(argv):
             report(f"a step in {dtype}{', compiled' * compiled}{', checkpointed' * again}",
                    3 * most, lambda: {name: distance(value, exact[name]) for name, value in
                                       step(device, dtype, compiled, again).items()})
-    for quantize in sample.LINEAR_TYPES:
+    for quantize in LINEAR_TYPES:
         right = text(CPU, quantize)
         for compile in (False, True)[:1 if error else 2]:
             report(f"text, {quantize or 'full'} weights{', compiled' * compile}", 0.05, lambda: {

@@ -43,8 +43,8 @@ import prepare
 from data import Source
 from device import compile_error, find_device, find_dtype
 from files import InputError, read_json, write_json
+from quantize import LINEAR_TYPES
 from sample import (
-    LINEAR_TYPES,
     Decoder,
     TextStreamer,
     count_parameters,

@@ -10,9 +10,8 @@ One block adds to the residual stream x twice and never replaces it:
     x ─┬─ RMSNorm ─ silu(gate) × up ─ down ──(+)──▶ x
        └──────────────────────────────────────┘
 
-Letters, here and in every shape comment:
-    B batch, T time (tokens), S time with what the cache holds, C = d_model, F = d_ff,
-    V = vocab_size, H query heads, K key/value heads, D = C / H numbers a head
+Letters, here and in every shape comment: B batch, T time (tokens), S length of the cache,
+C = d_model, F = d_ff, V = vocab_size, H query heads, K key/value heads, D = C / H head dimension.
 
 Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 5632, V 32000:
 
@@ -22,9 +21,13 @@ Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 
     22 × gate, up, down   3 × C·F         761,266,176
     45 norms              C each               92,160
 
-What is put on from outside (sharding, precision, compilation) changes nothing here.
+The model learns to predict the next token: the logits at position t are scored against token t + 1,
+so targets are inputs shifted by one. The loss is the mean cross-entropy in nats per token, and
+exp(loss) the perplexity: a model that wavers between so many equally likely tokens has this loss.
+Attention crosses the borders of documents inside a window, as the original's does. There is no
+dropout: tokens are seen once or a few times, too seldom to be learned by heart. Sharding, mixed
+precision and compilation are applied from outside and change nothing here.
 """
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +49,7 @@ except ImportError:      # it needs a CUDA compiler to install, and nothing here
 
 
 class ModelError(InputError):
-    """A model that cannot be built, or a folder that does not hold one we can read; the message
-    says which and why."""
+    """A model that cannot be built, or a folder that does not hold one this file can read."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ class ModelConfig:
             raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
                              f"{2 * self.n_head}: each head rotates pairs of its numbers")
         if self.n_head % self.n_kv_head:
-            raise ModelError(f"n_head {self.n_head} must be a multiple of "
-                             f"n_kv_head {self.n_kv_head}")
+            raise ModelError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467): LayerNorm without mean and
-    bias."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467). LayerNorm without its mean
+    and bias: it trains as well, and is less to compute."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -95,168 +97,55 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions, head_dim, theta):
-    """cos and sin, (1, T, D) each in fp32, of the rotary angles at positions (T,); (B, 1, T, D) at
-    positions (B, T) (RoFormer, arXiv 2104.09864).
+    """cos and sin, (B, 1, T, D) each in fp32, of the rotary angles at positions (B, T).
 
-    Pair i of a head turns by theta^(-2i/D) a position. They are computed anew each forward, which
-    costs nothing beside it; a table kept in the model would be lost on the meta device and rounded
-    by .to(bfloat16).
+    Pair i of a head is turned by theta^(-2i/D) per position (RoFormer, arXiv 2104.09864), so that
+    the score of a query and a key depends on how far apart they are, not on where they stand. The
+    angles are computed anew in each forward, which costs next to nothing; a table in the model
+    would be lost on the meta device and rounded by .to(bfloat16).
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device,
                                         dtype=torch.float32) / head_dim)
-    angle = positions[..., None, :, None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)                                # ([B,] 1, T, D)
+    angle = positions[..., None, :, None] * frequency                        # (B, 1, T, D / 2)
+    angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, cos, sin):
-    """x (B, H, T, D) with the pairs (x[i], x[i + D/2]) turned by their angle: the half-split
-    layout, that of Hugging Face.
-
-    In fp32 whatever x is: in bf16 the angles of neighbouring positions near 2,048 would be the same
-    number.
-    """
+    """x (B, H, T, D) with each pair (x[i], x[i + D/2]) turned by its angle: the half-split layout,
+    which is Hugging Face's. In fp32 whatever x is: in bf16 the angles of neighbouring positions
+    near 2,048 would be the same number."""
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
 
 
-def attention_backend(device, dtype, head_dim):
-    """(what computes causal attention there: "flash-attn", "SDPA" or "plain products", why)."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return "plain products", "SDPA takes three times as long on CPUs in bf16"
-    if flash_attn_func is None or device.type != "cuda":
-        return "SDPA", "PyTorch's own"
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
-        return "SDPA", f"flash-attn has no kernel for heads of {head_dim} in {dtype}"
-    if torch.cuda.get_device_properties(device).major != 8:
-        return "SDPA", "flash-attn 2 is known to be as fast on Ampere and Ada alone"
-    if not hasattr(torch.ops.flash_attn, "_flash_attn_forward"):           # before version 2.7
-        return "SDPA", "this flash-attn is too old for torch.compile"
-    return "flash-attn", "it is installed, and this GPU is what it was written for"
-
-
-# for text and evaluation: cuDNN plans anew for each length, and was wrong in silence for fewer than
-# 8 key heads on Blackwell, where it is PyTorch's first choice (pytorch/pytorch#193893). Training
-# keeps it: one length and no mask, for which no fault is known
-WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / √D) v, q (B, H, T, D), k and v (B, K, S, D). Causal, q being the last T of the
-    S positions; or each query sees what mask (B, 1, T, S) says.
+    """softmax(q kᵀ / √D) v (B, H, T, D), of q (B, H, T, D), k and v (B, K, T, D). Causal: a query
+    sees the keys up to its own position. With a mask, see masked_attention.
 
-    Grouped-query attention (arXiv 2305.13245), here with H = 8 and K = 2: four query heads share
-    one key/value head, so the cache is a quarter as large.
-        query heads   0 1 2 3   4 5 6 7
-        k, v heads       0         1
+    Grouped-query attention (arXiv 2305.13245): several query heads share one key/value head, here 8
+    of 32 one of 4, so a cache of keys and values is an eighth as large.
+        query heads   0 .. 7   8 .. 15   16 .. 23   24 .. 31
+        k, v heads       0        1         2          3
     """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if mask is None:
-        backend, _ = attention_backend(q.device, q.dtype, D)
-        if backend == "flash-attn":  # (B, T, H, D); its causal mask is aligned to the last position
-            return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                   causal=True).transpose(1, 2)
-        if backend == "plain products":
-            return chunked_attention(q, k, v)
-        if T == S:
-            if q.is_cuda and q.dtype == torch.float32:   # for grouped heads PyTorch has no kernel
-                k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))   # there: all scores
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                  enable_gqa=H != k.shape[1])
-        # SDPA aligns is_causal to the first position, which is wrong after a cache: query t sees
-        # S - T + t + 1 keys
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    # query heads that share a key head become its queries, so each key is read once
-    q = q.reshape(B, K, -1, D).to(k.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
-    return y.reshape(B, H, T, D)     # CUDA's kernels return (B, T, H, D) memory: view would fail
-
-
-QUERY_CHUNK = 64
-
-
-def chunked_attention(q, k, v, rows=QUERY_CHUNK):
-    """attention by plain products, `rows` queries at a time against the keys that they see: what is
-    masked is never computed, but for a corner of each part, and a part's scores stay in the CPU's
-    cache. Query heads that share a key head are rows of one product.
-
-    On a CPU in bf16 it takes a third of the time of SDPA's kernel; what it keeps for the backward
-    pass, H·S / 2 numbers a token, is what that kernel computes again.
-    """
-    (B, H, T, D), (K, S), G = q.shape, k.shape[1:3], q.shape[1] // k.shape[1]
-    k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-    q = (q * D ** -0.5).reshape(B * K, G, T, D)
-    parts = []
-    for start in range(0, T, rows):
-        part = q[:, :, start:start + rows]                                  # (BK, G, rows, D)
-        n = part.shape[2]
-        seen = S - T + start + n                                            # by its last query
-        mask = torch.full((n, seen), -math.inf, dtype=q.dtype, device=q.device)
-        scores = torch.baddbmm(mask.triu(seen - n + 1).repeat(G, 1), part.flatten(1, 2),
-                               k[:, :seen].mT)                              # (BK, G rows, seen)
-        parts.append((scores.softmax(-1) @ v[:, :seen]).unflatten(1, (G, n)))
-    return torch.cat(parts, dim=2).view(B, H, T, D)
-
-
-class KVCache:
-    """Keys and values of the positions seen so far, for one generation of B rows and at most `size`
-    tokens. The model writes into them and advances `length`.
-
-    `layers` holds a pair of tensors (B, K, size, D) for each layer, which never change shape or
-    place. `length` is a number as long as all rows have as many positions, as in a prompt; later a
-    tensor (B,), each row its own. No shape depends on that, so one compiled graph serves every
-    step; what a row has not reached yet is masked.
-    """
-
-    def __init__(self, config, batch, size, device=None, dtype=None):
-        shape = (batch, config.n_kv_head, size, config.head_dim)
-        self.layers = [(torch.zeros(shape, device=device, dtype=dtype),
-                        torch.zeros(shape, device=device, dtype=dtype))
-                       for _ in range(config.n_layer)]
-        self.length, self.size = 0, size
-
-    def rows(self, some):
-        """A cache of the rows in a slice, empty, in the same place."""
-        part = copy.copy(self)
-        part.layers, part.length = [(k[some], v[some]) for k, v in self.layers], 0
-        return part
-
-    def places(self, T):
-        """Where T more tokens of each row stand: (positions (T,) or (B, T), mask (B, 1, T, size) of
-        what they see or None where that is all before them). A row that has ended may be stepped
-        on; it stays in its last place."""
-        device = self.layers[0][0].device
-        steps = torch.arange(T, device=device)
-        if not torch.is_tensor(self.length):
-            assert self.length + T <= self.size, (
-                f"{T} tokens behind {self.length} do not fit a cache of {self.size}")
-            return self.length + steps, None
-        positions = (self.length[:, None] + steps).clamp(max=self.size - 1)
-        mask = torch.arange(self.size, device=device) <= positions[..., None]
-        return positions, mask[:, None]
-
-    def layer(self, i, T):
-        """Keys and values of layer i, as far as T more tokens see."""
-        k, v = self.layers[i]
-        if torch.is_tensor(self.length):
-            return k, v
-        stop = self.length + T
-        return k[:, :, :stop], v[:, :, :stop]
-
-
-def update_cache(cache, new, positions):
-    """Writes new (B, K, T, D) into keys or values (B, K, S, D): at positions (B, T), or last."""
-    T = new.shape[2]
-    if positions.ndim == 1:
-        cache[:, :, -T:] = new
-    else:
-        rows = torch.arange(len(cache), device=cache.device)[:, None]
-        cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)      # (B, T, K, D)
+    if mask is not None:
+        return masked_attention(q, k, v, mask)
+    assert q.shape[2] == k.shape[2], f"{q.shape[2]} queries of {k.shape[2]} keys need a mask"
+    backend, _ = attention_backend(q.device, q.dtype, q.shape[-1])
+    if backend == "flash-attn":                     # it wants and returns (B, T, heads, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
+    if backend == "query-chunked matmuls":
+        return chunked_attention(q, k, v)
+    # in fp32 on a GPU only the kernel that writes all T × T scores knows grouped heads: repeat them
+    if q.is_cuda and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Linear(nn.Linear):
-    """x @ weightᵀ, without bias and without initial values of its own: Llama.init_weights sets them
-    all, once."""
+    """x @ weightᵀ, without bias; its initial values are set by Llama.init_weights only."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -266,14 +155,14 @@ class Linear(nn.Linear):
 
 
 def fused_linear(x, layers):
-    """What each of the layers makes of x. In training by one product with their joined weights: it
-    fills a GPU that k and v alone, 256 wide, leave idle, and its backward pass writes one gradient
-    of x instead of adding up several. Joining weights costs about what casting them does, which
-    generating, a token at a time, should not pay."""
+    """The output of each of the layers for x: fused QKV, fused gate/up projections. In training it
+    is one matmul with their concatenated weights: that fills a GPU which k and v, 256 wide, leave
+    idle, and the backward pass writes one gradient of x instead of adding up several. Generation,
+    one token at a time, should not pay for the concatenation."""
     if not layers[0].training:
         return [layer(x) for layer in layers]
-    joined = F.linear(x, torch.cat([layer.weight for layer in layers]))
-    return joined.split([layer.out_features for layer in layers], dim=-1)
+    fused = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return fused.split([layer.out_features for layer in layers], dim=-1)
 
 
 class Attention(nn.Module):
@@ -288,14 +177,15 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
         q, k, v = fused_linear(x, (self.q, self.k, self.v))
-        # the backward pass needs v, and a view would keep all of the joined product alive for it
+        # the backward pass needs v, and a view would keep the whole fused output alive for it
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H or K, T, D)
                    for y in (q, k, v.contiguous()))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            for seen, new in zip(cache, (k, v)):
-                update_cache(seen, new, positions)
-            k, v = cache                                                    # (B, K, S, D)
+            for old, new in zip(cache, (k, v)):
+                update_cache(old, new, positions)
+            if mask is not None:            # the tokens before these are in the cache, not in x
+                k, v = cache                                                # (B, K, S, D)
         y = attention(q, k, v, mask)
         return self.o(y.transpose(1, 2).reshape(B, T, C))                   # (B, T, C)
 
@@ -323,52 +213,52 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
-        """x (B, T, C); cache: keys and values of this layer, into which those of x are written at
-        positions."""
+        """x (B, T, C) -> (B, T, C). `cache` is this layer's keys and values; those of x are written
+        into it at positions (B, T)."""
         x = x + self.attn(self.attn_norm(x), cos, sin, cache, positions, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
 def cross_entropy_and_grad(logits, targets):
-    """(sum of the cross-entropies of logits (N, V) with targets (N,) in nats, its gradient by the
-    logits, in their dtype); softmax in fp32."""
+    """The sum of the cross-entropies in nats of logits (N, V) with targets (N,), softmax in fp32;
+    and its gradient with respect to the logits (N, V), in their dtype: p, less 1 at the target."""
     targets = targets[:, None]                                               # (N, 1)
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)               # (N, V)
-    right = log_p.gather(1, targets)
+    target_log_p = log_p.gather(1, targets)
     grad = log_p.exp_().to(logits.dtype)
-    return -right.sum(), grad.scatter_(1, targets, (right.exp() - 1).to(logits.dtype))
+    grad.scatter_(1, targets, (target_log_p.exp() - 1).to(logits.dtype))
+    return -target_log_p.sum(), grad
 
 
-LOSS_CHUNK = 4096
+LOSS_CHUNK = 4096        # tokens whose logits exist at the same time
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
-    The logits are the largest tensor of a step, 384 kB a token in bf16 and fp32 with their
-    gradients, so those of many tokens never exist whole: at most LOSS_ROWS rows at a time they
-    become their gradient, and that at once x's and the weight's. The backward pass only hands these
-    on.
+    The logits are the largest tensor of a training step: 384 kB per token in bf16 and fp32 with
+    their gradients. So they never exist whole. A chunk of tokens at a time, they become their
+    gradient, and that immediately the gradients of x and weight, which the backward pass scales.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cross_entropy_and_grad, learning):
-        loss, dw = 0, torch.zeros_like(weight, dtype=torch.float32) if learning else None
-        if torch.is_autocast_enabled(x.device.type):                 # once, not for each part
+    def forward(ctx, x, weight, targets, cross_entropy_and_grad, needs_grad):
+        loss, dw = 0, torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        if torch.is_autocast_enabled(x.device.type):              # cast once, not for each chunk
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        dx, parts = torch.empty_like(x), math.ceil(len(x) / LOSS_CHUNK)
-        for x_part, dx_part, part in zip(*(t.chunk(parts) for t in (x, dx, targets))):
-            some, grad = cross_entropy_and_grad(F.linear(x_part, weight), part)
-            loss = loss + some
-            if learning:
-                torch.mm(grad, weight, out=dx_part)
-                if x.is_cuda and x.dtype != torch.float32:           # a product that adds in fp32
-                    torch.addmm(dw, grad.mT, x_part, out_dtype=torch.float32, out=dw)
+        dx, n_chunks = torch.empty_like(x), math.ceil(len(x) / LOSS_CHUNK)
+        for x_chunk, dx_chunk, target_chunk in zip(*(t.chunk(n_chunks) for t in (x, dx, targets))):
+            chunk_loss, grad = cross_entropy_and_grad(F.linear(x_chunk, weight), target_chunk)
+            loss = loss + chunk_loss
+            if needs_grad:
+                torch.mm(grad, weight, out=dx_chunk)
+                if x.is_cuda and x.dtype != torch.float32:        # cuBLAS itself adds up in fp32
+                    torch.addmm(dw, grad.mT, x_chunk, out_dtype=torch.float32, out=dw)
                 else:
-                    dw += grad.mT @ x_part
-            del grad                                         # or the next would come beside it
-        if learning:
+                    dw += grad.mT @ x_chunk
+            del grad                           # before the next chunk's is allocated
+        if needs_grad:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)
 
@@ -395,75 +285,84 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size)
-        self.cross_entropy_and_grad = cross_entropy_and_grad     # a name by which it can be compiled from outside
+        self.cross_entropy_and_grad = cross_entropy_and_grad       # train.py may compile it
 
     @torch.no_grad()
     def init_weights(self):
-        """The initial values of every parameter, those of the original's code (lit_gpt/model.py at
-        bf12224, line 40): normal, with a standard deviation of √(2 / 5C) for matrices and of
-        1 / (√C n_layer) for the two that write to the residual stream; 1 for norms. After building
-        on the meta device and `to_empty` this is all that is needed."""
+        """The model, with the initial values of every parameter set. After building on the meta
+        device and `to_empty` this is all that is needed."""
         for name, p in self.named_parameters():
             self.init_parameter(name, p)
         return self
 
     def init_parameter(self, name, p):
-        """Fills p, of the shape of the parameter so named, with its initial values."""
-        C = self.config.d_model
-        if p.ndim == 1:
+        """Fills p, of the shape of the parameter so named, with its initial values, those of the
+        original's code (lit_gpt/model.py at bf12224, line 40).
+
+        The two matrices per block that write to the residual stream start smaller than others: 2L
+        of them are added up over L layers, and x should not grow with depth. GPT-2 divides by
+        √(2L), so that their sum is about as large as one. Here it is L √(2/5), more from six layers
+        on: at first every block is nearly the identity.
+        """
+        C, L = self.config.d_model, self.config.n_layer
+        if p.ndim == 1:                                                      # norms
             p.fill_(1.0)
         elif name.endswith(("attn.o.weight", "mlp.down.weight")):
-            p.normal_(std=1 / math.sqrt(C) / self.config.n_layer)
+            p.normal_(std=1 / math.sqrt(C) / L)
         else:
             p.normal_(std=math.sqrt(2 / 5 / C))
 
-    def hidden_states(self, idx, cache=None, places=None):
-        """The normed states (B, T, C) of which the head makes logits. `places` says of tokens that
-        are not simply one after the other where they stand and what they see, as KVCache.places
-        does: positions (B, T) and a mask (B, 1, T, T)."""
-        T = idx.shape[1]
-        if cache is not None:
-            places = cache.places(T)
-        positions, mask = places or (torch.arange(T, device=idx.device), None)
+    def hidden_states(self, idx, cache=None):
+        """The hidden states (B, T, C) after the last norm, from which the head makes logits."""
+        T, mask = idx.shape[1], None
+        if cache is None or cache.is_empty:      # from the start of a text: plain causal attention
+            assert cache is None or cache.size >= T, (
+                f"{T} tokens do not fit a cache of {cache.size}")
+            positions = torch.arange(T, device=idx.device)[None]
+        else:
+            positions, mask = cache.positions_and_mask(T)
         cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(idx)                                                  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache and cache.layer(i, T), positions, mask)
+            layer_cache = None if cache is None else cache.layers[i]
+            x = block(x, cos, sin, layer_cache, positions, mask)
         if cache is not None:
-            cache.length += T
+            cache.lengths += T
+            cache.is_empty = False
         return self.norm(x)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats. With
-        a cache, idx continues what the cache holds, and the cache then holds idx too."""
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats per
+        token. With a cache, idx continues what the cache holds, and is added to it."""
         x = self.hidden_states(idx, cache)
         if targets is None:                                                  # (B, T, V)
             return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
-        weight = self.head.weight if hasattr(self, "head") else self.embed.weight
-        return FusedLinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.cross_entropy_and_grad,
-                              torch.is_grad_enabled())
+        weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
+        return FusedLinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(),
+                                             self.cross_entropy_and_grad, torch.is_grad_enabled())
 
     def flops_per_token(self, T=None):
         """FLOPs to train on one token of a sequence of T (the context if None): 6N + 12LCT (PaLM,
         arXiv 2204.02311, appendix B), N all parameters: 2 FLOPs each forward and 4 backward;
         attention as if it were not causal."""
-        T = T or self.config.context
-        attn = sum(12 * m.o.in_features * T for m in self.modules() if isinstance(m, Attention))
-        return 6 * sum(p.numel() for p in self.parameters()) + attn
+        N, c = sum(p.numel() for p in self.parameters()), self.config
+        return 6 * N + 12 * c.n_layer * c.d_model * (T or c.context)
 
     def save_pretrained(self, folder, bos_id=1, eos_id=2, tensors=None):
-        """Writes config.json, generation_config.json and model.safetensors as `transformers`, vLLM
-        and llama.cpp's converter read them. `tensors` {name: tensor} stand in for parameters of
-        which this process holds a part only."""
+        """Writes config.json, generation_config.json and model.safetensors in the spelling that
+        every version of `transformers`, vLLM and llama.cpp's converter reads. `tensors` {name:
+        tensor} replace the parameters of a process that holds shards only."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {hf_name(name): p.detach().cpu().contiguous()
                    for name, p in (tensors or dict(self.named_parameters())).items()}
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        write_json(folder / "config.json", hf_config(self.config) | tokens | {"torch_dtype": dtype})
-        # no sampling by default: a generation_config with it on once made the original's
-        # evaluations irreproducible
+        write_json(folder / "config.json", HF_FIXED | tokens | {
+            "rope_scaling": None, "use_cache": True,
+            "initializer_range": math.sqrt(2 / 5 / self.config.d_model),
+            "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+            **{theirs: getattr(self.config, ours) for ours, theirs in HF_CONFIG.items()}})
+        # no sampling by default: it made evaluations of the original irreproducible
         write_json(folder / "generation_config.json", tokens | {"max_length": self.config.context})
         with atomic_write(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -471,48 +370,135 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=torch.float32):
         """The model of a Hugging Face Llama folder (safetensors, one file or several), its weights
-        in `dtype`.
-
-        Raises ModelError for a folder that lacks something and for a configuration that this file
-        does not implement.
-        """
-        folder = Path(folder)
-        config = config_from_hf(read_json(folder / "config.json"))
+        in `dtype`. Raises InputError for a folder that lacks something or is of another model."""
+        config = config_from_hf(read_json(Path(folder) / "config.json"))
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype).to_empty(device=device or "cpu")
-        model.load_tensors(folder)
+        model.load_tensors(Path(folder))
         return model
 
     @torch.no_grad()
     def load_tensors(self, folder, part=lambda p: (p, slice(None))):
         """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a
-        time. `part` gives of a parameter the tensor to fill and the rows that belong there."""
-        missing, unknown = {hf_name(name): p for name, p in self.named_parameters()}, []
+        time. `part(parameter)` returns the tensor to fill and the rows that belong in it."""
+        parameters = {hf_name(name): p for name, p in self.named_parameters()}
+        if self.config.tie_embeddings:           # some writers store the one matrix as the head
+            parameters["lm_head.weight"] = self.embed.weight
+        filled, unknown = set(), []
         for path in safetensors_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():
-                        if name in missing:
-                            p, tensor = missing.pop(name), file.get_slice(name)
+                    for name in file.keys():                     # noqa: SIM118 (it is no dict)
+                        if name in parameters:
+                            p, tensor = parameters[name], file.get_slice(name)
                             if tuple(tensor.get_shape()) != p.shape:
                                 raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
                                                  f"but config.json makes it {tuple(p.shape)}")
-                            own, rows = part(p)
-                            own.copy_(tensor[rows])
-                        elif not name.endswith(IGNORED_TENSORS[:1 + self.config.tie_embeddings]):
+                            local, rows = part(p)
+                            local.copy_(tensor[rows])
+                            filled.add(id(p))
+                        elif not name.endswith("rotary_emb.inv_freq"):      # computed, not learned
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read, "
                                  f"it is truncated or no safetensors file ({error})") from None
+        missing = [name for name, p in parameters.items() if id(p) not in filled]
         if missing or unknown:
             raise ModelError(f"{folder} does not hold the model of its config.json: "
-                             f"missing {sorted(missing) or 'nothing'}, "
-                             f"unknown {sorted(unknown) or 'nothing'}")
+                             f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Hugging Face folders: other names for the same things. Both rotate half-split, so no weight is
+# Which kernel computes attention, and attention where PyTorch's kernels are slow: a CPU in bf16
+
+# Generation and evaluation exclude cuDNN: it plans anew for each length, and for fewer than 8 key
+# heads it was silently wrong on Blackwell, where PyTorch tries it first (pytorch/pytorch#193893).
+# Training keeps it: there is one length and no mask, for which no fault is known.
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+QUERY_CHUNK = 64
+
+
+def attention_backend(device, dtype, head_dim):
+    """(what computes causal attention, "flash-attn", "SDPA" or "query-chunked matmuls"; why)."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "query-chunked matmuls", "SDPA takes three times as long on CPUs in bf16"
+    if flash_attn_func is None or device.type != "cuda":
+        return "SDPA", "PyTorch's own"
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+        return "SDPA", f"flash-attn has no kernel for heads of {head_dim} in {dtype}"
+    if torch.cuda.get_device_properties(device).major != 8:
+        return "SDPA", "flash-attn 2 is known to be as fast on Ampere and Ada alone"
+    if not hasattr(torch.ops.flash_attn, "_flash_attn_forward"):           # before version 2.7
+        return "SDPA", "this flash-attn is too old for torch.compile"
+    return "flash-attn", "installed, and written for this GPU"
+
+
+def chunked_attention(q, k, v, chunk=QUERY_CHUNK):
+    """Causal attention, q (B, H, T, D), k and v (B, K, T, D), by plain matmuls, `chunk` queries at
+    a time against the keys up to the last of them. Almost no masked score is computed, and those of
+    a chunk stay in the CPU's cache; the backward pass keeps all, H·T / 2 numbers per token."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    G = H // K                                              # query heads that share a key head
+    q = (q * D ** -0.5).reshape(B * K, G, T, D)
+    k, v = k.reshape(B * K, T, D), v.reshape(B * K, T, D)
+    outputs = []
+    for start in range(0, T, chunk):
+        part = q[:, :, start:start + chunk]                                 # (BK, G, n, D)
+        n, num_keys = part.shape[2], start + part.shape[2]
+        mask = torch.full((n, num_keys), -math.inf, dtype=q.dtype, device=q.device).triu(start + 1)
+        scores = torch.baddbmm(mask.repeat(G, 1), part.flatten(1, 2), k[:, :num_keys].mT)
+        outputs.append((scores.softmax(-1) @ v[:, :num_keys]).unflatten(1, (G, n)))
+    return torch.cat(outputs, dim=2).view(B, H, T, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Cached decoding: keys and values are computed once per token and kept
+
+class KVCache:
+    """Keys and values of the tokens so far, for B rows of at most `size` tokens each: `layers`, a
+    pair of tensors (B, K, size, D) per layer, and `lengths` (B,), how many tokens each row has.
+    Only contents change, never shape or place, so that one compiled graph or CUDA graph serves
+    every step; what a row has not reached yet is masked."""
+
+    def __init__(self, config, batch, size, device=None, dtype=None):
+        shape = (batch, config.n_kv_head, size, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype),
+                        torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.is_empty = True          # what `lengths` says, without waiting for the device
+        self.size = size
+
+    def positions_and_mask(self, T):
+        """Positions (B, T) of the next T tokens of each row, and a mask (B, 1, T, size) of the keys
+        that each of them sees. A row that has ended may go on: it stays at the last position."""
+        device = self.lengths.device
+        positions = self.lengths[:, None] + torch.arange(T, device=device)
+        positions = positions.clamp(max=self.size - 1)
+        mask = torch.arange(self.size, device=device) <= positions[..., None]
+        return positions, mask[:, None]
+
+
+def update_cache(cache, new, positions):
+    """Writes new (B, K, T, D) into keys or values (B, K, size, D) at positions (B or 1, T)."""
+    rows = torch.arange(len(cache), device=cache.device)[:, None]
+    cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)          # (B, T, K, D)
+
+
+def masked_attention(q, k, v, mask):
+    """attention with keys and values (B, K, S, D), where each query sees what mask (B, 1, T, S)
+    says. PyTorch's fast kernels take no mask with grouped heads; so the query heads that share a
+    key head are made queries of one head, and each key is read once."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    q = q.reshape(B, K, H // K * T, D).to(k.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
+    return y.reshape(B, H, T, D)     # no view: CUDA's kernels return (B, T, H, D) memory
+
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face folders: other names for the same things. Both use half-split RoPE, so no weight is
 # permuted.
 
 HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
@@ -527,71 +513,52 @@ HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
              "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
              "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
 
-# tensors some writers store that follow from others: the rotary frequencies and, where tied, the
-# head
-IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
+# settings of config.json of which this file implements one value
+HF_FIXED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+            "attention_bias": False, "mlp_bias": False}
 
 
 def hf_name(name):
-    """The name Hugging Face gives a parameter: blocks.0.attn.q.weight ->
-    model.layers.0.self_attn.q_proj.weight."""
+    """blocks.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight"""
     return ".".join(HF_MODULES.get(part, part) for part in name.split("."))
-
-
-def hf_config(config):
-    """The config.json of a ModelConfig, in the spelling that every version of `transformers` and
-    vLLM reads."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "use_cache": True,
-            "initializer_range": math.sqrt(2 / 5 / config.d_model)} | {
-            theirs: getattr(config, ours) for ours, theirs in HF_CONFIG.items()}
 
 
 def config_from_hf(hf):
     """The ModelConfig of a config.json (a dict). Raises ModelError naming each setting that this
-    model cannot honour."""
+    file does not implement."""
+    hf = {key: value for key, value in hf.items() if value is not None}
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}          # transformers 5 | 4
     if not isinstance(rope, dict):
         raise ModelError(f"config.json: the rope settings must be an object, got {rope!r}")
-    heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
-    can = {"model_type": (hf.get("model_type"), "llama"),
-           "architectures": (hf.get("architectures") or ["LlamaForCausalLM"], ["LlamaForCausalLM"]),
-           "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-           "partial_rotary_factor": (
-               rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
-           "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-           "attention_bias": (hf.get("attention_bias", False), False),
-           "mlp_bias": (hf.get("mlp_bias", False), False),
-           "quantization_config": (hf.get("quantization_config"), None)}
-    if type(heads) is type(width) is int and heads:
-        can["head_dim"] = (hf.get("head_dim") or width // heads, width // heads)
-    refused = [f"{key} = {value!r} (only {only!r})" for key, (value, only) in can.items()
-               if value != only]
+    # where a config.json is silent, `transformers` assumes these values
+    hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
+          "max_position_embeddings": 2048, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+          "model_type": None, "rope_type": rope.get("type", "default")} | rope | hf
+    only = HF_FIXED | {"rope_type": "default", "partial_rotary_factor": 1.0,
+                       "quantization_config": None}
+    refused = [f"{key} = {hf[key]!r} (only {value!r})" for key, value in only.items()
+               if hf.get(key, value) != value]
     if refused:
-        raise ModelError(f"this config.json is not of a model we implement: {', '.join(refused)}")
-    # the values `transformers` assumes where a config.json is silent
-    silent = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
-              "rope_theta": rope.get("rope_theta", 10_000.0), "tie_word_embeddings": False}
-    found = silent | {key: value for key, value in hf.items() if value is not None}
-    lacking = [theirs for theirs in HF_CONFIG.values() if found.get(theirs) is None]
-    if lacking:
-        raise ModelError(f"config.json lacks {', '.join(lacking)}")
+        raise ModelError(f"unsupported config.json: {', '.join(refused)}")
     for ours, theirs in HF_CONFIG.items():
-        kind, value = type(getattr(ModelConfig, ours)), found[theirs]
+        kind, value = type(getattr(ModelConfig, ours)), hf.get(theirs)
         if type(value) is not kind and (type(value), kind) != (int, float):
             raise ModelError(f"config.json: {theirs} must be {kind.__name__}, got {value!r}")
-    return ModelConfig(**{ours: found[theirs] for ours, theirs in HF_CONFIG.items()})
+    config = ModelConfig(**{ours: hf[theirs] for ours, theirs in HF_CONFIG.items()})
+    if hf.get("head_dim", config.head_dim) != config.head_dim:
+        raise ModelError(f"unsupported config.json: head_dim = {hf['head_dim']} "
+                         f"(only hidden_size / num_attention_heads = {config.head_dim})")
+    return config
 
 
 def safetensors_files(folder):
     """The files that hold a folder's weights: those its index names, or the only one."""
-    index = folder / "model.safetensors.index.json"
-    weight_map = {"all": "model.safetensors"}
+    names, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map")
-    names = set(weight_map.values())
+        names = set(weight_map.values())
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
     if absent:
         raise ModelError(f"{folder} has no {', '.join(absent)} "

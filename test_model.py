@@ -162,6 +162,19 @@ def test_several_files_with_an_index(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("names", [["lm_head.weight"],
+                                   ["lm_head.weight", "model.embed_tokens.weight"]])
+def test_a_tied_matrix_may_be_stored_as_the_head(names, tmp_path):
+    """Some writers store the one matrix of a tied model as the head, or twice: it was called
+    missing."""
+    ours = tiny(tie_embeddings=True)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    matrix = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {name: matrix.clone() for name in names}, tmp_path / "model.safetensors")
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens()), ours(tokens()))
+
+
 def test_both_spellings_of_rope(tmp_path):
     """transformers 5 writes rope_parameters and no rope_theta: read as absent, the base would
     silently be 10,000."""
@@ -229,27 +242,30 @@ def naive_attention(q, k, v):
     for h in range(H):
         group = h // (H // K)                   # heads 0..H/K-1 share key/value head 0, and so on
         for t in range(T):
-            seen = S - T + t + 1
-            p = (k[group, :seen] @ q[h, t] / math.sqrt(D)).softmax(0)
-            out[h, t] = p @ v[group, :seen]
+            num_keys = S - T + t + 1
+            p = (k[group, :num_keys] @ q[h, t] / math.sqrt(D)).softmax(0)
+            out[h, t] = p @ v[group, :num_keys]
     return out
 
 
 @pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
 def test_attention_is_what_it_means(T, S):
-    """SDPA's is_causal is aligned to the first key: behind a cache it would show a query one key
-    instead of all."""
+    """A mask aligned to the first key would show a query after a cache one key instead of all; a
+    query head that reads its neighbour's key head still has the right shape."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
     expected = torch.stack([naive_attention(*row) for row in zip(q, k, v)])
-    assert_close(attention(q, k, v), expected)
-    for rows in 1, 4, 64:
-        assert_close(chunked_attention(q, k, v, rows), expected)
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(2, 1, T, S)
+    assert_close(attention(q, k, v, mask), expected)
+    if T == S:
+        assert_close(attention(q, k, v), expected)
+        for chunk in 1, 4, 64:
+            assert_close(chunked_attention(q, k, v, chunk), expected)
 
 
-def test_attention_by_rows_has_sdpas_gradients(monkeypatch):
-    """Rows are cut anywhere, also where the last part is short; a key that a part does not see must
-    get nothing from it. And it is what a CPU takes in bf16, where both are as far from fp32."""
+def test_chunked_attention_has_sdpas_gradients(monkeypatch):
+    """Queries are cut anywhere, also where the last chunk is short; a key that a chunk does not see
+    must get nothing from it. A CPU takes it in bf16, where both are as far from fp32."""
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, n, 150, 16, requires_grad=True) for n in (6, 2, 2, 6))
 
@@ -299,8 +315,7 @@ def test_flash_attention_gets_what_it_expects(monkeypatch):
 
     def run():
         cache = KVCache(model.config, 2, 20)
-        parts = [model(idx[:, a:b], cache=cache)
-                 for a, b in ((0, 12), (12, 15), (15, 16), (16, 20))]
+        parts = [model(part, cache=cache) for part in idx.split([12, 3, 1, 4], dim=1)]
         return model(idx, idx), torch.cat(parts, 1)
 
     plain = run()
@@ -385,7 +400,6 @@ def test_attention_takes_what_cudas_kernels_return(monkeypatch):
     def run():
         cache = KVCache(model.config, 2, 20)
         model(idx[:, :12], cache=cache)
-        cache.length = torch.tensor([12, 12])
         return torch.cat([model(idx[:, 12:15], cache=cache), model(idx[:, 15:16], cache=cache)], 1)
 
     model, idx = tiny(), tokens()
@@ -404,11 +418,13 @@ def test_no_attention_computes_all_scores_on_a_gpu(monkeypatch):
         for dtype in torch.float32, torch.bfloat16:
             q, k, v, late = (torch.empty(2, heads, T, 8, device="cuda", dtype=dtype)
                              for heads, T in ((6, 16), (2, 16), (2, 16), (6, 4)))
-            assert attention(q, k, v).shape == q.shape and attention(late, k, v).shape == late.shape
-    whole, chunk, grouped, _ = model_module.F.calls
-    assert whole == (6, 6, {"is_causal": True, "enable_gqa": False})
+            mask = torch.ones(2, 1, 4, 16, dtype=torch.bool, device="cuda")
+            assert attention(q, k, v).shape == q.shape
+            assert attention(late, k, v, mask).shape == late.shape
+    causal, masked, grouped, _ = model_module.F.calls
+    assert causal == (6, 6, {"is_causal": True, "enable_gqa": False})
     assert grouped == (2 * 3, 2, {"is_causal": True, "enable_gqa": True})
-    for q_heads, k_heads, how in (chunk, model_module.F.calls[-1]):
+    for q_heads, k_heads, how in (masked, model_module.F.calls[-1]):
         assert q_heads == k_heads == 2 and "enable_gqa" not in how
 
 
@@ -427,7 +443,7 @@ def test_flash_attention_is_chosen_where_it_serves(monkeypatch):
     assert backend() == "flash-attn"
     assert {backend(major=9), backend(major=7), backend(dtype=torch.float32), backend(traces=False),
             backend(head_dim=320), backend(device="cpu", dtype=torch.float32)} == {"SDPA"}
-    assert backend(device="cpu") == "plain products"
+    assert backend(device="cpu") == "query-chunked matmuls"
 
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [20], [7, 5, 1, 1, 6], [19, 1]])
@@ -436,10 +452,11 @@ def test_cached_equals_full(cuts):
     with a cache."""
     model, idx = tiny(), tokens()
     cache = KVCache(model.config, 2, 24)
-    place = cache.layers[1][0].data_ptr()
+    addresses = [t.data_ptr() for t in (*cache.layers[1], cache.lengths)]
     parts = [model(part, cache=cache) for part in idx.split(cuts, dim=1)]
     assert_close(torch.cat(parts, 1), model(idx))
-    assert cache.length == 20 and cache.layers[1][0].data_ptr() == place and cache.size == 24
+    assert cache.lengths.tolist() == [20, 20]
+    assert addresses == [t.data_ptr() for t in (*cache.layers[1], cache.lengths)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -448,48 +465,34 @@ def test_each_row_has_its_own_length(dtype, tolerance):
     theirs, and a position of the longest rotates them too far."""
     model, idx = tiny().to(dtype), tokens(3, 20)
     cache, lengths = KVCache(model.config, 3, 32, dtype=dtype), [3, 11, 7]
-    for b, n in enumerate(lengths):
-        model(idx[b:b + 1, :n], cache=cache.rows(slice(b, b + 1)))
-    for k, v in cache.layers:                                    # what is behind must not be seen
+    model(idx[:, :11], cache=cache)
+    cache.lengths.copy_(torch.tensor(lengths))
+    for k, v in cache.layers:                        # what comes after its end must not be seen
         for b, n in enumerate(lengths):
             k[b, :, n:], v[b, :, n:] = 9, 9
-    cache.length = torch.tensor(lengths)
     steps = [torch.stack([idx[b, n + t:n + t + m] for b, n in enumerate(lengths)])
              for t, m in ((0, 1), (1, 4), (5, 1))]
-    given = torch.cat([model(step, cache=cache) for step in steps], 1)           # (3, 6, V)
+    got = torch.cat([model(step, cache=cache) for step in steps], 1)             # (3, 6, V)
     for b, n in enumerate(lengths):
-        right = model(idx[b:b + 1])[0, n:n + 6]
-        assert (given[b] - right).abs().max() < tolerance * right.abs().max()
-    assert cache.length.tolist() == [n + 6 for n in lengths]
+        expected = model(idx[b:b + 1])[0, n:n + 6]
+        assert (got[b] - expected).abs().max() < tolerance * expected.abs().max()
+    assert cache.lengths.tolist() == [n + 6 for n in lengths]
 
 
 def test_a_row_that_has_ended_may_be_stepped_on():
-    """Behind its end it would write into nowhere, or into its neighbour."""
+    """After its end it would write outside the cache, or into its neighbour."""
     model, idx = tiny(), tokens()
     cache = KVCache(model.config, 2, 12)
-    model(idx[:1, :4], cache=cache.rows(slice(0, 1)))
-    model(idx[1:, :12], cache=cache.rows(slice(1, 2)))
-    cache.length = torch.tensor([4, 12])
-    given = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(4, 10)], 1)
-    assert_close(given[0], model(idx[:1])[0, 4:10])
-
-
-def test_a_tree_is_its_branches():
-    """A mask that shows a branch another one's tokens, or positions that go on counting: here a b
-    is followed by c d, and by e f."""
-    model, (a, b, c, d, e, f) = tiny(), tokens(1, 6)[0].tolist()
-    positions = torch.tensor([[0, 1, 2, 3, 2, 3]])
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    mask[4:, 2:4] = False
-    x = model.hidden_states(torch.tensor([[a, b, c, d, e, f]]), places=(positions, mask[None, None]))
-    for branch, at in ([a, b, c, d], [0, 1, 2, 3]), ([a, b, e, f], [0, 1, 4, 5]):
-        assert_close(x[:, at], model.hidden_states(torch.tensor([branch])))
+    model(idx[:, :12], cache=cache)
+    cache.lengths.copy_(torch.tensor([4, 12]))
+    got = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(4, 10)], 1)
+    assert_close(got[0], model(idx[:1])[0, 4:10])
 
 
 def test_a_full_cache_says_so():
-    """Writing behind its end would drop tokens in silence."""
+    """Writing after its end would drop tokens silently."""
     model = tiny()
-    with pytest.raises(AssertionError, match="20 tokens behind 0 do not fit a cache of 8"):
+    with pytest.raises(AssertionError, match="20 tokens do not fit a cache of 8"):
         model(tokens(), cache=KVCache(model.config, 2, 8))
 
 
@@ -504,21 +507,22 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 
 @pytest.mark.parametrize("N", [1, 5, 8, 37])
-def test_loss_by_parts_is_the_whole_loss(N, monkeypatch):
-    """Loss and both gradients, for rows that divide into equal parts and for rows that do not, and
-    scaled as that of a micro-batch is."""
+def test_chunked_loss_is_the_whole_loss(N, monkeypatch):
+    """Loss and both gradients, where tokens divide into equal chunks and where they do not, and
+    scaled as the loss of a micro-batch is."""
     monkeypatch.setattr(model_module, "LOSS_CHUNK", 5)
     torch.manual_seed(0)
     x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (N,))
     whole = F.cross_entropy(x @ weight.T, targets)
-    parts = FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, True)
-    assert abs(parts - whole) < 1e-5
-    for ours, theirs in zip(torch.autograd.grad(0.3 * parts, (x, weight)),
+    chunked = FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, True)
+    assert abs(chunked - whole) < 1e-5
+    for ours, theirs in zip(torch.autograd.grad(0.3 * chunked, (x, weight)),
                             torch.autograd.grad(0.3 * whole, (x, weight))):
         assert_close(ours, theirs)
     with torch.no_grad():
-        assert FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad, False) == parts
+        assert chunked == FusedLinearCrossEntropy.apply(x, weight, targets, cross_entropy_and_grad,
+                                                        False)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -544,8 +548,9 @@ def test_logits_never_exist_whole(grad, monkeypatch):
     assert largest.numbers <= max(4 * 32 * 4000 / 8, 4000 * 12)
 
 
-def test_joined_products_are_the_layers_own():
-    """In training several layers are one product; generating, each stands for itself."""
+def test_fused_layers_are_the_layers():
+    """In training several layers are one matmul, in generation each is its own: a wrong split would
+    give part of k to v."""
     model = tiny()
     attn, x = model.blocks[0].attn, torch.randn(2, 5, 48)
     layers = attn.q, attn.k, attn.v
@@ -555,8 +560,8 @@ def test_joined_products_are_the_layers_own():
         out = torch.cat(list(fused_linear(x, layers)), dim=-1)
         out.square().sum().backward()
         found[training] = [out, *(layer.weight.grad for layer in layers)]
-    for joined, alone in zip(found[True], found[False]):
-        assert_close(joined, alone)
+    for fused, alone in zip(found[True], found[False]):
+        assert_close(fused, alone)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -571,7 +576,7 @@ def test_every_parameter_gets_a_gradient(tied):
 
 
 def test_one_graph_no_breaks():
-    """A graph break costs speed in silence: fullgraph makes it an error."""
+    """A graph break costs speed silently: fullgraph makes it an error."""
     model = tiny()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(tokens()), model(tokens()))
@@ -579,8 +584,7 @@ def test_one_graph_no_breaks():
 
 
 def test_all_blocks_share_one_graph():
-    """Blocks compiled one by one, each for its number, would take minutes instead of seconds, and
-    fail at the ninth."""
+    """A graph per block would take minutes to compile instead of seconds, and fail at the ninth."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = tiny(n_layer=12)
@@ -593,8 +597,7 @@ def test_all_blocks_share_one_graph():
 
 
 def test_overfits_one_batch():
-    """Whatever is wrong between loss and weights, a model that cannot learn 40 tokens by heart has
-    it."""
+    """A model that cannot learn 40 tokens by heart has a fault between loss and weights."""
     torch.manual_seed(0)
     model = Llama(ModelConfig(**TINY)).init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

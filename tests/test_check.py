@@ -11,7 +11,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 errors = partial(check.attention_errors, CPU, FP32, 1)
 
 
-@pytest.mark.parametrize("how", [(40, 40, False, True), (8, 40), (1, 40, True), (40, 40, True)])
+@pytest.mark.parametrize("how", [(40, 40, False, True), (8, 40, True), (1, 40, True), (40, 40, True)])
 def test_attention_is_right_and_a_leak_is_found(how, monkeypatch):
     """A check that compares a kernel with itself, or by too wide a limit, finds nothing: here one
     query sees one key too many, a single head is another's, or a gradient is a tenth too large."""

@@ -11,19 +11,17 @@ import pytest
 import torch
 from test_prepare import AWKWARD, TEXT
 
+import device
 import sample
 from files import InputError
 from model import Llama, ModelConfig
 from prepare import train_tokenizer, write_tokenizer
+from quantize import freeze_for_inference
 from sample import (
-    LINEAR_TYPES,
     Decoder,
-    Int4,
-    Int8,
     TextStreamer,
     Tokenizer,
     find_model,
-    freeze_for_inference,
     generate,
     load_model,
     sample_token,
@@ -143,7 +141,7 @@ def test_generation_equals_the_uncached_loop(loaded, right):
         assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
 
 
-def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
+def test_a_text_does_not_depend_on_the_other_rows(loaded, right):
     """Rows of other lengths, several samples, another batch before in the same cache: whatever
     shifts a row's positions or its mask changes its text."""
     prompts, texts = right
@@ -154,29 +152,38 @@ def test_a_text_does_not_depend_on_those_beside_it(loaded, right):
     assert back == texts[::-1] * 2
 
 
-def test_running_ahead_changes_nothing(loaded, right, monkeypatch):
-    """On a GPU the next step is told before this one's ids are known: the last must not be told
-    twice, nor an earlier one for the last."""
-    monkeypatch.setattr(sample, "is_async", lambda device: True)
+def test_running_ahead_changes_nothing(loaded, right):
+    """On a GPU the next step is queued before this one's ids are read: the last ids must not come
+    twice, nor earlier ones instead of them."""
     prompts, texts = right
-    assert texts_of(generate(decoder(loaded[0], 4), prompts, 1, 20, set(), greedy)) == texts
+
+    def asynchronous(rows):
+        made = decoder(loaded[0], rows)
+        made.is_async = True
+        return made
+
+    assert texts_of(generate(asynchronous(4), prompts, 1, 20, set(), greedy)) == texts
     ends = {texts[0][7]}
-    cut, = texts_of(generate(decoder(loaded[0]), prompts[:1], 1, 20, ends, greedy))
+    cut, = texts_of(generate(asynchronous(1), prompts[:1], 1, 20, ends, greedy))
     assert cut == texts[0][:texts[0].index(texts[0][7]) + 1]
 
 
-def test_a_prompt_may_come_in_chunks(loaded, right, monkeypatch):
-    """The second part of a prompt continues the first."""
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 5)
-    for prompt, text in zip(*right):
-        assert texts_of(generate(decoder(loaded[0]), [prompt], 1, 20, set(), greedy)) == [text]
+@pytest.mark.parametrize("tokens", [1, 24, 999])
+def test_prompts_run_together_as_far_as_they_fit(loaded, right, tokens, monkeypatch):
+    """Alone, in pairs or all in one pass: padding must not be seen, nor one row's keys be
+    another's."""
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", tokens)
+    prompts, texts = right
+    for n in 1, 2:
+        assert texts_of(generate(decoder(loaded[0], 4 * n), prompts, n, 20, set(), greedy)) == [
+            text for text in texts for _ in range(n)]
 
 
 @pytest.mark.parametrize("guesses", [1, 4, 7])
 @pytest.mark.parametrize("who", ["itself", "a stranger", "nearly"])
 def test_a_draft_changes_no_text(loaded, right, who, guesses):
-    """Whatever the draft says, greedy text is the model's own: a cache that keeps a guess which was
-    refused, or one that misses the last guess, talks on from there."""
+    """Whatever the draft says, greedy text is the model's own: a cache that keeps a rejected draft
+    token, or one that misses the last token, would continue from there."""
     model, _ = loaded
     drafts = {"itself": model, "a stranger": tiny(5), "nearly": tiny(1)}
     if who == "nearly":
@@ -194,9 +201,9 @@ def test_a_draft_changes_no_text(loaded, right, who, guesses):
 
 @pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.6},
                                  {"temperature": 1.3, "top_k": 4, "top_p": 0.8}])
-def test_a_draft_changes_no_chance(how, monkeypatch):
-    """Pairs of tokens come as often as the model says, drawn with a draft that thinks otherwise:
-    one that accepts too readily, or draws again from the wrong rest, tilts the distribution."""
+def test_a_draft_changes_no_probability(how, monkeypatch):
+    """Triples of tokens come as often as the model says, with a draft of another distribution: to
+    accept too readily, or to sample again from the wrong rest, would tilt it."""
     monkeypatch.setattr(sample, "CACHE_MULTIPLE", 8)                  # 20,000 rows of cache
     n, V = 20_000, 6
     model, draft = (tiny(seed, n_layer=1, vocab_size=V, d_model=32, n_head=2, n_kv_head=1, d_ff=32,
@@ -243,8 +250,8 @@ def test_the_prompt_is_run_once_for_many_samples(loaded):
 
 
 def test_each_sample_ends_for_itself(loaded):
-    """A sample that has met its EOS is silent while the others go on, and when all have, nothing
-    more is computed."""
+    """A sample that has met its EOS gets no more ids while the others go on, and when all have,
+    nothing more is computed."""
     model, _ = loaded
     script = iter([[5, 6, 7], [2, 6, 7], [9, 2, 7], [9, 9, 2], [9, 9, 9]])
     given = list(generate(decoder(model, 3), [[1]], 3, 10, {2},
@@ -263,88 +270,18 @@ def test_generation_stops_at_the_context(loaded):
         assert len(one) == room and with_draft == one
 
 
-def test_what_comes_behind_an_end_is_dropped():
-    """Guesses go on behind EOS, and behind the room that is left."""
+def test_what_comes_after_eos_is_dropped():
+    """Draft tokens go on after EOS, and beyond the tokens that a row may still get."""
     left = [9, 9, 2, 0]
-    assert truncate_at_eos([[5, 2, 7], [5, 6], [5, 6, 7], [5]], left, {2}) == [[5, 2], [5, 6], [5, 6], []]
+    new = [[5, 2, 7], [5, 6], [5, 6, 7], [5]]
+    assert truncate_at_eos(new, left, {2}) == [[5, 2], [5, 6], [5, 6], []]
     assert left == [0, 7, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights that are only read
+# Compiled steps
 
-@pytest.mark.parametrize("kind", [*LINEAR_TYPES])
-@pytest.mark.parametrize("O, I", [(7, 48), (64, 256), (33, 5632), (6, 4098), (5, 16384), (3, 10)])
-def test_sums_are_the_product(kind, O, I):
-    """What is compiled for few rows and what runs for many are two programs for one product: sizes
-    that no group or lane divides, and rows of more than 4,096, each have a path of their own."""
-    torch.manual_seed(0)
-    layer, x = LINEAR_TYPES[kind](torch.randn(O, I)), torch.randn(3, I)
-    right = layer.product(x)
-    assert torch.stack([layer.times(row) for row in x]).sub(right).abs().max() < 1e-5 * I ** 0.5
-    assert layer(x).equal(right) and layer(x[None]).shape == (1, 3, O)
-
-
-def test_rounding_is_to_the_nearest():
-    """A scale for the wrong row or group, halves of a byte exchanged: half a step is what rounding
-    may take, and the largest of a group of int4, which is -8 steps, is exact."""
-    torch.manual_seed(0)
-    weight = torch.randn(12, 192) * torch.logspace(-3, 1, 12)[:, None]
-    weight[3] = 0
-    for layer in Int8(weight), Int4(weight):
-        found = layer.product(torch.eye(192)).T
-        step = layer.scale.abs().reshape(12, -1, 1)
-        away = (found - weight).view(12, step.shape[1], -1).abs()
-        most = 0.501 if isinstance(layer, Int8) else 1.001       # int4 has no 8, where it has a -8
-        assert (away <= step * most).all() and (away <= step * 0.501).float().mean() > 0.98
-        assert (found[3] == 0).all()
-    groups = weight.view(12, 3, 64)
-    largest = groups.abs().argmax(2, keepdim=True)
-    assert found.view(12, 3, 64).gather(2, largest).allclose(groups.gather(2, largest), rtol=1e-5)
-
-
-def test_quantized_logits_are_near(folder, loaded):
-    """Within a hundredth for int8 on a text that the model knows; int4 has 16 steps, not 255."""
-    model, tokenizer = loaded
-    ids = torch.tensor([[1, *tokenizer.encode(VERSE)]])
-    right = model(ids)
-
-    def away(kind):
-        given = load_model(folder, kind, torch.float32)[0].cpu()(ids)
-        return ((given - right).norm() / right.norm()).item()
-
-    assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
-
-
-def test_a_tied_model_is_quantized_too(tmp_path):
-    """Its head has no weight of its own."""
-    torch.manual_seed(0)
-    model = Llama(ModelConfig(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff=64, vocab_size=100,
-                              context=32, tie_embeddings=True)).init_weights()
-    ids = torch.arange(10)[None]
-    right = model(ids)
-    assert torch.allclose(freeze_for_inference(model)(ids), right, atol=1e-5)
-    assert isinstance(freeze_for_inference(Llama(model.config).init_weights(), "int8").head, Int8)
-
-
-def test_text_does_without_cudnn(folder, monkeypatch):
-    """On Blackwell it has chosen other tokens, in silence, for models with fewer than 8 key heads;
-    and it plans anew for each length of a prompt."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    load_model(folder)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_large_pages_hold_the_same():
-    """A view that is short by a page, or of memory that is gone, reads what others wrote."""
-    tensor = torch.randn(700, 1100)
-    copied = sample.in_large_pages(tensor)
-    assert tensor.nbytes > 2 ** 21 and copied.equal(tensor)
-    small = torch.ones(3)
-    assert sample.in_large_pages(small) is small
-
-
-def test_compilation_where_it_comes_back():
+def test_compilation_where_it_pays_off():
     """Three seconds to the first token of the demo, and no minute at a token a second."""
     with torch.device("meta"):
         small, large = tiny(0), freeze_for_inference(Llama(ModelConfig()))
@@ -359,15 +296,18 @@ def test_compilation_where_it_comes_back():
 @pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow),
                                   pytest.param("int4", marks=pytest.mark.slow)])
 def test_compiled_text_is_the_same(folder, kind):
-    """The compiled step is another program, with sums in place of products."""
+    """The compiled step is another program, with sums in place of matmuls."""
     model, tokenizer = load_model(folder, kind, torch.float32)
     prompts = [[1, *tokenizer.encode(prompt)] for prompt in PROMPTS[:2]]
     plain = texts_of(generate(decoder(model, 2), prompts, 1, 20, set(), greedy))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     fast = decoder(model, 2, compile=True)
     assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
+    # one graph for all blocks and one for the head, whatever the lengths of the rows
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     with torch.inference_mode():
-        assert fast.fast is not model
+        assert fast.step_model is not model
         ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
         plain = decoder(model, 2)
         plain.prefill(prompts), fast.prefill(prompts)
@@ -385,9 +325,9 @@ def test_a_graph_is_the_same_as_its_kernels(folder, right):
 
 
 # --------------------------------------------------------------------------------------------------
-# Drawing
+# Sampling
 
-def test_choose_is_the_distribution_it_says():
+def test_sample_token_follows_its_distribution():
     """A top-p that drops the token that crosses the line, or a temperature after the cut, is a
     different distribution."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -417,7 +357,7 @@ def test_choose_is_the_distribution_it_says():
 
 
 def test_a_padded_vocabulary_is_never_spoken(run, folder, tmp_path):
-    """Vocabularies are padded to round sizes; the rows behind the last piece decode to an error."""
+    """Vocabularies are padded to round sizes; ids after the last token decode to an error."""
     shutil.copytree(folder, tmp_path / "m")
     config = ModelConfig(n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=4000,
                          context=32)
@@ -427,8 +367,8 @@ def test_a_padded_vocabulary_is_never_spoken(run, folder, tmp_path):
 
 
 def test_streamed_text_is_the_whole_text(folder):
-    """Characters of several bytes come in pieces: printed at once, each would be a replacement
-    sign."""
+    """Characters of several bytes come in several tokens: printed immediately, each part would be a
+    replacement character."""
     tokenizer = Tokenizer(folder)
     for text in [*AWKWARD, TEXT, VERSE, "🙂🙂é中\n"]:
         ids = tokenizer.encode(text)
@@ -441,7 +381,7 @@ def test_streamed_text_is_the_whole_text(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 def test_only_text_goes_to_standard_output(run, folder):
     """Whatever else is printed there ends up in the file of who redirects it."""
@@ -544,7 +484,7 @@ def test_many_prompts(run, folder, tmp_path):
 
 
 def test_a_draft_is_used(run, folder, tmp_path):
-    """Its worth is printed; the text is the model's own, and so is the tokenizer."""
+    """What the draft gains is printed; the text is the model's own, and so is the tokenizer."""
     done = run(folder, "--prompt=Two", "--temperature=0", f"--draft={folder}")
     assert done.stdout == VERSE + "\n" and "100%" in done.stderr and "times as fast" in done.stderr
     shutil.copytree(folder, tmp_path / "other")
@@ -556,12 +496,33 @@ def test_a_draft_is_used(run, folder, tmp_path):
 def test_compilation_needs_a_compiler(run, folder, monkeypatch):
     """Asked for where it does not work, it would end in a page of the compiler's own errors; where
     it is chosen, it is left out."""
-    monkeypatch.setattr(sample, "compile_error", lambda device: "no compiler")
+    monkeypatch.setattr(device, "compile_error", lambda device: "no compiler")
     assert "--compile=True does not work here: no compiler" in run(folder, "--compile=True").stderr
     monkeypatch.setattr(sample, "should_compile", lambda *_: True)
     done = run(folder, "--prompt=Two", "--max_new_tokens=3")
     assert done.returncode == 0 and "not compiled: no compiler" in done.stderr
     assert "compiled in" not in done.stderr
+
+
+def test_quantized_logits_are_near(folder, loaded):
+    """Within a hundredth for int8 on a text that the model knows; int4 has 16 steps, not 255."""
+    model, tokenizer = loaded
+    ids = torch.tensor([[1, *tokenizer.encode(VERSE)]])
+    right = model(ids)
+
+    def away(kind):
+        given = load_model(folder, kind, torch.float32)[0].cpu()(ids)
+        return ((given - right).norm() / right.norm()).item()
+
+    assert 1e-4 < away("int8") < 0.01 < away("int4") < 0.2
+
+
+def test_text_does_without_cudnn(folder, monkeypatch):
+    """On Blackwell it has chosen other tokens, in silence, for models with fewer than 8 key heads;
+    and it plans anew for each length of a prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
