@@ -61,7 +61,7 @@ def stages_of(records):
     return found
 
 
-def short(tokens, _=None):
+def format_count(tokens, _=None):
     """350B for 350e9."""
     for limit, unit in (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"):
         if tokens >= limit:
@@ -80,7 +80,7 @@ def pyplot():
     return plt
 
 
-def write(figure, out):
+def save_figure(figure, out):
     """Writes a figure to the PNG `out`, whole or not at all."""
     temporary = Path(f"{out}.tmp")
     try:
@@ -93,7 +93,7 @@ def write(figure, out):
         pyplot().close(figure)
 
 
-def draw(runs, out):
+def plot_runs(runs, out):
     """Draws {name: records} to the PNG `out`."""
     plt = pyplot()
     figure, axes = plt.subplots(5, 1, sharex=True, figsize=(9, 10), height_ratios=(3, 3, 1, 1, 1),
@@ -127,7 +127,7 @@ def draw(runs, out):
             if stage not in labelled:
                 labelled.add(stage)
                 batch = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
-                words = f"{batch:,.0f}" if batch < 1e6 else short(batch)
+                words = f"{batch:,.0f}" if batch < 1e6 else format_count(batch)
                 axes[0].text((first["tokens"] + last["tokens"]) / 2, 1.0,
                              f"stage {stage}\n{words} a step", ha="center", va="bottom",
                              fontsize="small", transform=axes[0].get_xaxis_transform())
@@ -145,10 +145,10 @@ def draw(runs, out):
         axes[3].legend(fontsize="small", loc="center left")
     axes[3].set_ylim(-0.05, 1.05)
     axes[4].set_ylim(bottom=0)
-    axes[4].yaxis.set_major_formatter(short)
+    axes[4].yaxis.set_major_formatter(format_count)
     axes[4].set_xlabel("tokens")
-    axes[4].xaxis.set_major_formatter(short)
-    write(figure, out)
+    axes[4].xaxis.set_major_formatter(format_count)
+    save_figure(figure, out)
 
 
 def parse_args(argv):
@@ -164,7 +164,7 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     out = args.out or str(Path(args.runs[0]) / "plot.png")
-    draw({str(Path(run)): read_metrics(run) for run in args.runs}, out)
+    plot_runs({str(Path(run)): read_metrics(run) for run in args.runs}, out)
     print(out)
 
 

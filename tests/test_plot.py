@@ -49,7 +49,7 @@ def test_stages_begin_where_the_one_before_ended():
                                           (2e12, "2T")])
 def test_tokens_are_written_as_people_say_them(tokens, text):
     """An axis of 1e12 says nothing."""
-    assert plot.short(tokens) == text
+    assert plot.format_count(tokens) == text
 
 
 def test_a_picture_is_drawn(run, tmp_path, capsys):
