@@ -275,8 +275,9 @@ def test_generation_is_measured_without_a_compiler(small, here, monkeypatch, cap
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["absent"], "there is no folder absent"),
-    (["--precisions=int3"], "none of full, int8, int4"), (["--prompt=2000"], "are more than the context of 2048"), (["--batch=0"], "must be at least 1")])
+    (["absent"], "there is no folder absent"), (["--batch=0"], "must be at least 1"),
+    (["--precisions=int3"], "none of full, int8, int4"),
+    (["--prompt=2000"], "are more than the context of 2048")])
 def test_bad_input_of_generate_is_named(argv, words, capsys):
     """Ten minutes of measuring must not end in a stack trace."""
     with pytest.raises((SystemExit, InputError)) as error:

@@ -47,8 +47,8 @@ def test_what_is_wrong_is_bad(error, status, monkeypatch, capsys):
         return {"gradient": 1e-7, "output": 1e-6 if B == 1 else error}
 
     monkeypatch.setattr(check, "attention_errors", attention_errors)
-    monkeypatch.setattr(check, "step", lambda *_: {"loss": torch.ones(1)})
-    monkeypatch.setattr(check, "text", lambda *_: torch.ones(2, 40))
+    monkeypatch.setattr(check, "training_step", lambda *_: {"loss": torch.ones(1)})
+    monkeypatch.setattr(check, "greedy_text", lambda *_: torch.ones(2, 40))
     monkeypatch.setattr(check, "compile_error", lambda device: "no compiler")
     with pytest.raises(SystemExit) as end:
         check.main([])
