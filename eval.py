@@ -168,33 +168,12 @@ def load_harness_model(folder, dtype, args):
             return text
 
     torch.backends.cuda.enable_cudnn_sdp(False)          # see model.WITHOUT_CUDNN
-    # its cache confuses requests that are the same text, divided at different places
-    return HarnessModel(str(folder), device=find_device().type, dtype=dtype, batch_size=args.batch,
-                        softmax_dtype=torch.float32, add_bos_token=args.bos, logits_cache=False)
-
-
-def run_task(lm, name, shots, manager, args):
-    """What the harness finds for a task, a dict."""
-    import lm_eval
-    lm.cut, start = 0, time.perf_counter()
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
-    os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process
-    try:
-        with redirect_stdout(sys.stderr):        # only our tables go to standard output
-            found = lm_eval.simple_evaluate(
-                lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
-                bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=args.run_code)
-    except ValueError as error:
-        if "marked as unsafe" in str(error):
-            raise InputError("it runs code that the model writes, on this machine: allow it by "
-                             "--run_code") from None
-        raise
-    if lm.cut:
-        print(f"{name}: {lm.cut} requests did not fit the context of {lm.max_length} and lost "
-              "their beginning", file=sys.stderr)
-    return {"results": found["results"], "num_fewshot": found["n-shot"],
-            "questions": found["n-samples"], "versions": found["versions"],
-            "lm_eval": lm_eval.__version__, "cut": lm.cut, "seconds": time.perf_counter() - start}
+    try:                         # the cache confuses requests that are one text, divided differently
+        return HarnessModel(str(folder), device=find_device().type, dtype=dtype,
+                            batch_size=args.batch, softmax_dtype=torch.float32,
+                            add_bos_token=args.bos, logits_cache=False)
+    except Exception as error:
+        raise InputError(f"transformers cannot open {folder}: {error}") from None
 
 
 USUAL_METRICS = "acc_norm", "acc", "exact_match", "pass@1", "em", "f1"       # all in percent
@@ -213,6 +192,35 @@ def find_score(results, metric=None):
             scale = 100 if name in USUAL_METRICS else 1
             value, error = found[name]
             return name, scale * value, scale * error if isinstance(error, float) else None
+
+
+def run_task(lm, name, metric, shots, manager, args):
+    """What the harness finds for a task, a dict, and the scores to show, {task: score}."""
+    import lm_eval
+    lm.cut, start = 0, time.perf_counter()
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
+    os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process
+    try:
+        with redirect_stdout(sys.stderr):        # only our tables go to standard output
+            found = lm_eval.simple_evaluate(
+                lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
+                bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=args.run_code)
+    except ValueError as error:
+        if "marked as unsafe" in str(error):
+            raise InputError("it runs code that the model writes, on this machine: allow it by "
+                             "--run_code") from None
+        raise
+    if lm.cut:
+        print(f"{name}: {lm.cut} requests did not fit the context of {lm.max_length} and lost "
+              "their beginning", file=sys.stderr)
+    # a group may have a score of its own; else those of its tasks are shown
+    scores = {task: find_score(found["results"].get(task, {}), metric)
+              for task in (name, *found["n-shot"])}
+    shown = [name] if scores[name] else [task for task in scores if scores[task]]
+    return {"results": found["results"], "num_fewshot": found["n-shot"],
+            "questions": found["n-samples"], "versions": found["versions"],
+            "lm_eval": lm_eval.__version__, "cut": lm.cut, "seconds": time.perf_counter() - start
+            }, {task: scores[task] for task in shown}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,7 +280,7 @@ def total_cross_entropy(model, windows):
 
 
 def evaluate_text(model, tokenizer, name, folder, args):
-    """The bits per byte of a text, and how they were found, a dict."""
+    """The bits per byte of a text and how they were found, a dict, and the score to show."""
     start, nats, tokens = time.perf_counter(), 0.0, 0
     windows, size, lost = read_windows(name, folder, tokenizer, model.config.context, args)
     with tqdm(desc="tokens", unit_scale=True, disable=None) as bar:
@@ -282,9 +290,10 @@ def evaluate_text(model, tokenizer, name, folder, args):
                 nats += total_cross_entropy(model, group[i:i + args.batch])
                 bar.update(sum(len(targets) for _, targets in group[i:i + args.batch]))
             tokens += sum(len(targets) for _, targets in group)
-    return {"bits_per_byte": bits_per_byte(nats, size), "nats_per_token": nats / tokens,
-            "tokens": tokens, "bytes": size, "lost_rows": lost,
-            "seconds": time.perf_counter() - start}
+    bits = bits_per_byte(nats, size)
+    return {"bits_per_byte": bits, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
+            "lost_rows": lost, "seconds": time.perf_counter() - start
+            }, {f"text,{name}": ("bits per byte", bits, None)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,19 +444,21 @@ class Evaluation:
 
 
 def run_or_skip(evaluation, name, args, work, *inputs):
-    """What work(*inputs) returns, a dict, which is also written to CHECKPOINT/eval/. Each option
-    that changes numbers is in the file's name, so that --limit=10 does not replace the whole.
-
-    Where the work fails, {}: a task whose data, template or metric is broken must not end others.
-    """
+    """Adds the scores that work(*inputs) finds to an Evaluation, and writes all that it finds to
+    CHECKPOINT/eval/. Each option that changes numbers is in the file's name, so that --limit=10
+    does not replace the whole. Where it fails, as for a task whose data, template or metric is
+    broken, it says why, and the others go on."""
     print(name, file=sys.stderr)
     try:
-        result = work(*inputs)
+        result, scores = work(*inputs)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, (SystemExit, InputError)) else f"{type(error).__name__}: "
         print(f"{name} is left out: {kind}{error}", file=sys.stderr)
         evaluation.skipped.append(name)
-        return {}
+        return
+    evaluation.scores |= scores
+    if result.get("lost_rows"):
+        evaluation.skipped.append(name)
     options = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize",
                                                    "dtype", "text_key")}
     words = [key if value is True else f"{key}={value}" for key, value in options.items()
@@ -460,7 +471,6 @@ def run_or_skip(evaluation, name, args, work, *inputs):
             "batch": args.batch, "computed_in": evaluation.dtype} | options | result)
     except OSError as error:                     # the hub's cache may be somebody else's
         print(f"{path} cannot be written: {error.strerror}", file=sys.stderr)
-    return result
 
 
 def evaluate_checkpoint(folder, tasks, manager, args):
@@ -469,30 +479,18 @@ def evaluate_checkpoint(folder, tasks, manager, args):
     dtype, _ = find_dtype(device, args.dtype or "auto")
     evaluation = Evaluation(folder, str(dtype).removeprefix("torch."),
                             read_json(state)["tokens"] if state.exists() else None)
-    scores = evaluation.scores
     print(f"{folder}: {args.quantize or evaluation.dtype}, {device}", file=sys.stderr)
     if args.text:
         model, tokenizer = load_model(folder, args.quantize, dtype)
-    for text in args.text:
-        name = f"text,{text}"
-        result = run_or_skip(evaluation, name, args, evaluate_text, model, tokenizer, text, folder,
-                             args)
-        if result:
-            scores[name] = "bits per byte", result["bits_per_byte"], None
-        if result and result["lost_rows"]:
-            evaluation.skipped.append(name)
-    model = None                                 # two of them might not fit
+        for text in args.text:
+            run_or_skip(evaluation, f"text,{text}", args,
+                        evaluate_text, model, tokenizer, text, folder, args)
+        del model                                # it need not fit beside transformers' model
     if tasks:
         lm = load_harness_model(folder, dtype, args)
-    for name, (metric, shots) in tasks.items():
-        result = run_or_skip(evaluation, name, args, run_task, lm, name, shots, manager, args)
-        if result:
-            # a group has a score of its own, or else those of its tasks are shown
-            found = {task: find_score(result["results"].get(task, {}), metric)
-                     for task in (name, *result["num_fewshot"])}
-            for task in [name] if found[name] else found:
-                if found[task]:
-                    scores[task] = found[task]
+        for name, (metric, shots) in tasks.items():
+            run_or_skip(evaluation, name, args,
+                        run_task, lm, name, metric, shots, manager, args)
     return evaluation
 
 
