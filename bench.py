@@ -53,7 +53,6 @@ import model
 import prepare
 import train
 from config import load
-from data import Header, Source, TokenWriter
 from device import (
     compile_error,
     device_name,
@@ -193,18 +192,6 @@ def unavailable(cfg, device):
     return reasons
 
 
-def random_source(folder, cfg):
-    """A source of random tokens in `folder`. They take as long as any others."""
-    (folder / "tokenizer.model").write_bytes(b"")
-    header = Header(cfg.vocab_size, 1, 2, sha256(b"").hexdigest())
-    n = 64 * cfg.context + 1
-    with TokenWriter(folder / "train_00000.bin", header) as file:
-        file.write(np.random.default_rng(0).integers(3, cfg.vocab_size, n))
-    (folder / "source.json").write_text(json.dumps(
-        {"train": {"tokens": n, "documents": 1, "bytes": n}}))
-    return Source(folder, "train", cfg.context)
-
-
 def time_steps(step, seconds):
     """The seconds of each step() for that long, of five steps at least, after three to warm up."""
     for _ in range(3):
@@ -262,13 +249,8 @@ def measure_training(cfg, batch, seconds, disabled=()):
     train.init_weights(llama, cfg)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in disabled)
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = (Source(Path(cfg.data_dir) / cfg.data, "train", cfg.context) if cfg.data
-                  else random_source(Path(folder), cfg))
-        rows = [(source.name, i % source.windows) for i in range(batch)]
-        x, y = train.read_batch({source.name: source}, rows, device)
-        reading = median_time(
-            lambda: train.read_batch({source.name: source}, rows, device), device)
+    x, y = (torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
+            for _ in range(2))                   # any tokens take as long
 
     def step():
         loss, norm, _ = train.train_step(wrapped_model, optimizer, x, y, cfg.learning_rate, micro,
@@ -277,8 +259,7 @@ def measure_training(cfg, batch, seconds, disabled=()):
 
     taken = time_steps(step, seconds)
     parts = [time_parts(step, wrapped_model, optimizer, device) for _ in range(3)]
-    return {"seconds": taken, "reading": reading, "micro": micro,
-            "dtype": str(dtype).removeprefix("torch."),
+    return {"seconds": taken, "micro": micro, "dtype": str(dtype).removeprefix("torch."),
             "parts": {part: median(one[part] for one in parts) for part in parts[0]},
             "estimate": estimate, "memory": memory_used(device), "memory_before": memory_before}
 
@@ -380,8 +361,7 @@ def print_training(cfg, tokens, speed, run, card, matmul):
     peak, whose = (promised, "the maker promises") if promised else (matmul, "matmuls reach")
     print(f"{speed:,.0f} tokens/s: {tokens:,} tokens per step, in micro-batches of {run['micro']} "
           f"x {cfg.context}, in {1e3 * tokens / speed:,.0f} ms")
-    print("  " + ", ".join(f"{part} {1e3 * s:,.0f} ms" for part, s in run["parts"].items())
-          + f"; reading a batch {1e3 * run['reading']:,.1f} ms, while the step before computes")
+    print("  " + ", ".join(f"{part} {1e3 * s:,.0f} ms" for part, s in run["parts"].items()))
     full, strict = count_flops(cfg)
     for name, flops in ("6N + 12LCT", full), ("6(N - VC) + 6LCT", strict):
         print(f"  {speed * flops / 1e12:.3f} TFLOP/s by {name}: MFU {speed * flops / peak:.1%} of "

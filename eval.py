@@ -14,7 +14,6 @@ import argparse
 import difflib
 import gc
 import logging
-import math
 import os
 import sys
 import time
@@ -87,13 +86,14 @@ SUITES = {
 }
 
 # the commonsense suite for checkpoints of v1.0, by tokens (EVAL.md of the original's repository)
-V1_SCORES = {105e9: (43.50, 29.80, 53.28, 24.32, 44.91, 59.66, 67.30),
-      503e9: (49.56, 31.40, 55.80, 26.54, 48.32, 56.91, 69.42),
-      1007e9: (52.54, 33.40, 55.96, 27.82, 52.36, 59.54, 69.91),
-      1.5e12: (53.68, 35.20, 58.33, 29.18, 51.89, 59.08, 71.65),
-      2e12: (54.63, 33.40, 56.83, 28.07, 54.67, 63.21, 70.67),
-      2.5e12: (58.96, 34.40, 58.72, 31.91, 56.78, 63.21, 73.07),
-      3e12: (59.20, 36.00, 59.12, 30.12, 55.25, 57.83, 73.29)}
+V1_SCORES = {
+    105e9: (43.50, 29.80, 53.28, 24.32, 44.91, 59.66, 67.30),
+    503e9: (49.56, 31.40, 55.80, 26.54, 48.32, 56.91, 69.42),
+    1007e9: (52.54, 33.40, 55.96, 27.82, 52.36, 59.54, 69.91),
+    1.5e12: (53.68, 35.20, 58.33, 29.18, 51.89, 59.08, 71.65),
+    2e12: (54.63, 33.40, 56.83, 28.07, 54.67, 63.21, 70.67),
+    2.5e12: (58.96, 34.40, 58.72, 31.91, 56.78, 63.21, 73.07),
+    3e12: (59.20, 36.00, 59.12, 30.12, 55.25, 57.83, 73.29)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def load_harness_model(folder, dtype, args):
             return text
 
     torch.backends.cuda.enable_cudnn_sdp(False)          # see model.WITHOUT_CUDNN
-    try:                         # the cache confuses requests that are one text, divided differently
+    try:                                                 # (logits_cache: wrong for equal texts)
         return HarnessModel(str(folder), device=find_device().type, dtype=dtype,
                             batch_size=args.batch, softmax_dtype=torch.float32,
                             add_bos_token=args.bos, logits_cache=False)
@@ -200,16 +200,10 @@ def run_task(lm, name, metric, shots, manager, args):
     lm.cut, start = 0, time.perf_counter()
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
     os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process
-    try:
-        with redirect_stdout(sys.stderr):        # only our tables go to standard output
-            found = lm_eval.simple_evaluate(
-                lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
-                bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=args.run_code)
-    except ValueError as error:
-        if "marked as unsafe" in str(error):
-            raise InputError("it runs code that the model writes, on this machine: allow it by "
-                             "--run_code") from None
-        raise
+    with redirect_stdout(sys.stderr):            # only our tables go to standard output
+        found = lm_eval.simple_evaluate(
+            lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
+            bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=args.run_code)
     if lm.cut:
         print(f"{name}: {lm.cut} requests did not fit the context of {lm.max_length} and lost "
               "their beginning", file=sys.stderr)
@@ -283,13 +277,12 @@ def evaluate_text(model, tokenizer, name, folder, args):
     """The bits per byte of a text and how they were found, a dict, and the score to show."""
     start, nats, tokens = time.perf_counter(), 0.0, 0
     windows, size, lost = read_windows(name, folder, tokenizer, model.config.context, args)
-    with tqdm(desc="tokens", unit_scale=True, disable=None) as bar:
-        while group := list(islice(windows, 64 * args.batch)):
-            group.sort(key=lambda window: len(window[0]))          # similar lengths, little padding
-            for i in range(0, len(group), args.batch):
-                nats += total_cross_entropy(model, group[i:i + args.batch])
-                bar.update(sum(len(targets) for _, targets in group[i:i + args.batch]))
-            tokens += sum(len(targets) for _, targets in group)
+    windows = tqdm(windows, unit=" windows", disable=None)
+    while group := list(islice(windows, 64 * args.batch)):
+        group.sort(key=lambda window: len(window[0]))    # similar lengths together: little padding
+        for i in range(0, len(group), args.batch):
+            nats += total_cross_entropy(model, group[i:i + args.batch])
+        tokens += sum(len(targets) for _, targets in group)
     bits = bits_per_byte(nats, size)
     return {"bits_per_byte": bits, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
             "lost_rows": lost, "seconds": time.perf_counter() - start
@@ -363,12 +356,8 @@ def plot_scores(evaluations, out):
         for task, (metric, value, error) in evaluation.scores.items():
             point = evaluation.tokens, value, error or 0
             panels[task, metric][str(evaluation.folder.parent)].append(point)
-    across = min(4, len(panels))
-    down = math.ceil(len(panels) / across)
-    figure, axes = plt.subplots(down, across, squeeze=False, layout="constrained",
-                                figsize=(3 * across + 1, 2.6 * down))
-    for ax in axes.flat[len(panels):]:
-        ax.remove()
+    figure, axes = plt.subplots(len(panels), squeeze=False, layout="constrained",
+                                figsize=(6, 2.6 * len(panels)))
     published = {task: (i, suite) for suite in SUITES.values()
                  for i, (task, *_) in enumerate(suite.columns.values())}
     for ax, ((task, metric), lines) in zip(axes.flat, panels.items()):
@@ -452,8 +441,10 @@ def run_or_skip(evaluation, name, args, work, *inputs):
     try:
         result, scores = work(*inputs)
     except (Exception, SystemExit) as error:
-        kind = "" if isinstance(error, (SystemExit, InputError)) else f"{type(error).__name__}: "
-        print(f"{name} is left out: {kind}{error}", file=sys.stderr)
+        words = str(error).replace("confirm_run_unsafe_code=True", "--run_code")
+        if not isinstance(error, (SystemExit, InputError)):
+            words = f"{type(error).__name__}: {words}"
+        print(f"{name} is left out: {words}", file=sys.stderr)
         evaluation.skipped.append(name)
         return
     evaluation.scores |= scores
@@ -530,7 +521,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (InputError, prepare.Unreadable) as error:
         sys.exit(str(error))
-    except BrokenPipeError:                      # whoever read the tables has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("\nstopped; what was measured is in CHECKPOINT/eval/")

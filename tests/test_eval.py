@@ -368,7 +368,7 @@ def test_code_is_only_run_if_allowed(run, folder, tmp_path):
          output_type="generate_until", metric_list=[{"metric": "exact_match"}],
          generation_kwargs={"until": ["\n"], "max_gen_toks": 9})
     code, out, err = run(folder, "--tasks=code", include=tmp_path)
-    assert code == 3 and "allow it by --run_code" in err
+    assert code == 3 and "Set --run_code to run this task" in err
     code, out, _ = run(folder, "--tasks=code", "--run_code", include=tmp_path)
     assert code == 0 and "code, exact_match" in out
 
