@@ -37,8 +37,8 @@ def put_back(monkeypatch):
         monkeypatch.setattr(model, name, getattr(model, name))
 
 
-def losses(left_out, steps=50):
-    """Of 50 steps on one text, without these optimizations."""
+def losses(left_out, steps=25):
+    """Of steps on one text, without these optimizations."""
     disable(left_out)
     dtype = torch.float32 if "bf16" in left_out else torch.bfloat16
     with torch.device("meta"):

@@ -44,12 +44,12 @@ def folder(tmp_path_factory):
     """A checkpoint that has seen enough text to have opinions."""
     folder = tmp_path_factory.mktemp("run") / "step_00000001"
     (folder / "training").mkdir(parents=True)
-    prepare.write_tokenizer(folder, prepare.train_tokenizer(DOCUMENTS, 600))
+    prepare.write_tokenizer(folder, prepare.train_tokenizer(DOCUMENTS[:80], 600))
     torch.manual_seed(0)
     model = Llama(ModelConfig(n_layer=2, d_model=64, n_head=4, n_kv_head=2, d_ff=112,
                               vocab_size=600, context=256)).init_weights()
     model.save_pretrained(folder)
-    ids = torch.tensor(Tokenizer(folder).encode(" ".join(DOCUMENTS))[:40 * 513]).view(40, 513)
+    ids = torch.tensor(Tokenizer(folder).encode(" ".join(DOCUMENTS[:80]))[:40 * 513]).view(40, 513)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for row in ids.split(2):
         model(row[:, :-1], row[:, 1:]).backward()
@@ -467,7 +467,7 @@ def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):
     """Evaluation and training disagreeing about the same checkpoint would leave one to wonder which
     is right."""
     ours = (folder / "tokenizer.model").read_bytes()
-    prepare.write_source(tmp_path / "own", DOCUMENTS[:60], ours, 0.5, "here")
+    prepare.write_source(tmp_path / "own", DOCUMENTS[:20], ours, 0.5, "here")
     _, out, err = run(folder, f"--text={tmp_path / 'own'}", "--dtype=float32")
     source = Source(tmp_path / "own", "val", 256)
     cfg = load(["--context=256", "--vocab_size=600", "--eval_tokens=1_000_000", "--micro_batch=4"],
@@ -478,8 +478,8 @@ def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):
     code, *_ = run(folder, f"--text={tmp_path / 'own'}", "--limit=1")
     assert code == 0
     other = tmp_path / "other"
-    theirs = prepare.train_tokenizer(DOCUMENTS[5:], 600)
-    prepare.write_source(other, DOCUMENTS[:60], theirs, 0.5, "")
+    theirs = prepare.train_tokenizer(DOCUMENTS[5:30], 600)
+    prepare.write_source(other, DOCUMENTS[:20], theirs, 0.5, "")
     code, _, err = run(folder, f"--text={other}")
     assert code == 3 and "another tokenizer" in err
 
