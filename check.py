@@ -64,7 +64,7 @@ def attention_errors(device, dtype, B, T, S, masked=False, training=False):
 TRAINING = train.TrainConfig(n_layer=2, vocab_size=4096, context=512)
 
 
-@lru_cache
+@lru_cache                                       # a second each time, on a CPU
 def training_weights():
     torch.manual_seed(0)
     return model.Llama(TRAINING).init_weights().state_dict()
@@ -86,6 +86,7 @@ def training_step(device, dtype, compiled=False, checkpointing=False):
     return {"loss": loss} | {f"gradient of {n}": p.grad for n, p in llama.named_parameters()}
 
 
+@lru_cache                                       # the CPU's text is needed twice
 def greedy_text(device, quantize, compile=False):
     """The likeliest 40 tokens after each of two prompts, in fp32."""
     torch.manual_seed(0)

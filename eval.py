@@ -133,7 +133,8 @@ def find_tasks(tasks, include_path):
 
 
 def load_harness_model(folder, dtype, args):
-    """The harness' own Hugging Face model of a folder, with the following changes."""
+    """The harness' own Hugging Face model of a folder. It counts the requests that it cuts, and two
+    of its answers are corrected: those about whole documents, and generated code."""
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
@@ -168,7 +169,8 @@ def load_harness_model(folder, dtype, args):
             return text
 
     torch.backends.cuda.enable_cudnn_sdp(False)          # see model.WITHOUT_CUDNN
-    try:                                                 # (logits_cache: wrong for equal texts)
+    try:
+        # logits_cache gives wrong answers where two requests are one text, divided differently
         return HarnessModel(str(folder), device=find_device().type, dtype=dtype,
                             batch_size=args.batch, softmax_dtype=torch.float32,
                             add_bos_token=args.bos, logits_cache=False)
@@ -452,9 +454,9 @@ def run_or_skip(evaluation, name, args, work, *inputs):
         evaluation.skipped.append(name)
     options = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize",
                                                    "dtype", "text_key")}
-    words = [key if value is True else f"{key}={value}" for key, value in options.items()
-             if value is not False and value not in (None, "text")]
-    path = evaluation.folder / "eval" / f"{','.join([name.replace('/', '_'), *words])}.json"
+    changed = [key if value is True else f"{key}={value}" for key, value in options.items()
+               if value is not False and value not in (None, "text")]
+    path = evaluation.folder / "eval" / f"{','.join([name.replace('/', '_'), *changed])}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         write_json(path, {
