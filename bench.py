@@ -503,9 +503,11 @@ def print_generation(results):
 # Preparation: text in memory to ids, on one core
 
 def measure_encoder(tokenizer, texts, plain):
-    """(seconds, a hash of the ids) of every second text, after the others have filled the caches:
-    so most words are known and each text is new, as in a large corpus. `plain` is SentencePiece."""
-    encoder = Encoder(tokenizer)
+    """(seconds, a hash of the ids, bytes of memory) of every second text, after the others have
+    filled the caches: so most words are known and each text is new, as in a large corpus. `plain`
+    is SentencePiece alone."""
+    cpu, encoder = torch.device("cpu"), Encoder(tokenizer)
+    memory_before = memory_used(cpu)
     sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
 
     def encode(texts):
@@ -516,7 +518,8 @@ def measure_encoder(tokenizer, texts, plain):
     encode(texts[::2])
     start = time.perf_counter()
     ids = encode(texts[1::2])
-    return time.perf_counter() - start, sha256(b"".join(ids)).hexdigest()
+    seconds = time.perf_counter() - start
+    return seconds, sha256(b"".join(ids)).hexdigest(), memory_used(cpu) - memory_before
 
 
 def read_corpora(args):
@@ -536,14 +539,15 @@ def read_corpora(args):
 
 def bench_prepare(args):
     corpora, tokenizer = read_corpora(args)
-    results = {}
+    results, memory = {}, 0
     print(f"{'MB/s of new text, one core':30}{'MB':>8}{'ours':>8}{'SentencePiece':>15}{'times':>9}")
     for name, texts in corpora.items():
-        texts *= 2 if len(texts) == 1 else 1
+        texts = texts if len(texts) > 1 else texts * 2       # a single one is then known already
         size, seconds, ids = sum(len(text.encode()) for text in texts[1::2]), {}, set()
         for plain in (False, True) * 3:                                             # in turns
-            found, digest = run_in_process(measure_encoder, tokenizer, texts, plain)
+            found, digest, used = run_in_process(measure_encoder, tokenizer, texts, plain)
             seconds[plain] = min(found, seconds.get(plain, math.inf))
+            memory = memory if plain else max(memory, used)
             ids.add(digest)
         if len(ids) > 1:
             sys.exit(f"the ids of {name} differ: one of the two encoders has an error")
@@ -553,7 +557,8 @@ def bench_prepare(args):
         print(f"{name[-29:]:30}{size / 1e6:8.1f}{size / seconds[False] / 1e6:8.1f}"
               f"{size / seconds[True] / 1e6:15.1f}{seconds[True] / seconds[False]:9.2f}")
     return {key: min(row[key] for row in results.values())
-            for key in ("bytes_per_second", "ratio_to_sentencepiece")} | {"results": results}
+            for key in ("bytes_per_second", "ratio_to_sentencepiece")
+            } | {"peak_memory": memory, "results": results}
 
 
 # --------------------------------------------------------------------------------------------------

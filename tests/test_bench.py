@@ -165,6 +165,7 @@ def test_bench_prepare_measures_and_ends_with_json(tmp_path, capsys, monkeypatch
     result = json.loads(last)
     ratios = [one["ratio_to_sentencepiece"] for one in result["results"].values()]
     assert len(ratios) == 2 and result["ratio_to_sentencepiece"] == min(ratios) > 0
+    assert result["peak_memory"] >= 0 and result["bytes_per_second"] > 0
     for one in result["results"].values():
         assert one["ratio_to_sentencepiece"] == pytest.approx(
             one["bytes_per_second"] / one["sentencepiece"])
@@ -173,7 +174,7 @@ def test_bench_prepare_measures_and_ends_with_json(tmp_path, capsys, monkeypatch
 
 def test_ids_that_differ_are_no_result(tmp_path, capsys, monkeypatch):
     """A fast encoder that gives other ids is not faster."""
-    monkeypatch.setattr(bench, "run_in_process", lambda _, tokenizer, texts, plain: (1.0, plain))
+    monkeypatch.setattr(bench, "run_in_process", lambda _, model, texts, plain: (1.0, plain, 0))
     (tmp_path / "a.txt").write_text("some text " * 9)
     (tmp_path / "tokenizer.model").write_bytes(prepare.train_tokenizer(["some text abc"], 272))
     with pytest.raises(SystemExit, match="a.txt differ"):
