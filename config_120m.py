@@ -1,7 +1,7 @@
 """The 120M model of TinyLlama's repository (lit_gpt/config.py at bf12224, tiny_LLaMA_120M) on 20
 tokens per parameter, which are best for its compute (Chinchilla, arXiv 2203.15556).
 
-    bash runs/120m.sh                                     corpora (2.4B tokens), training, evaluation
+    bash runs/120m.sh                                     corpora, 2.4B tokens, and training
     torchrun --nproc-per-node=N train.py config_120m.py   training alone
 
 121,129,728 parameters, one key/value head. 2.3e18 FLOPs: by arithmetic ten hours on an RTX 4090 at

@@ -1,76 +1,77 @@
 """Pictures of runs: python plot.py out/RUN [out/OTHER ...] [--out=FILE.png]
 
-Draws what metrics.jsonl of each run holds over the tokens seen: the loss, bits per byte of each
+Plots what metrics.jsonl of each run holds over the tokens seen: the loss, bits per byte of each
 source's validation part, the learning rate, the mixture, and the speed. Dotted lines stand between
 stages. A run that forked from another begins where it forked. Needs matplotlib.
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-STYLES = "-", "--", "-.", (0, (4, 1, 1, 1, 1, 1))                # of the runs, in order
+from files import atomic_write
+
+LINE_STYLES = "-", "--", "-.", ":"                               # of the runs, in order
 
 
 def read_metrics(run):
-    """The records of a run folder, a list of dicts. A line torn by a run that is just writing it is
-    left out."""
+    """The records of a run's folder, a list of dicts; without a last line that is being written."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         sys.exit(f"there is no {path}: give the folder of a run, such as out/demo")
     records = []
-    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
             try:
                 record = json.loads(line)
-                _ = record["step"] + record["tokens"], {**record.get("mixture", {})}, {
-                    **record.get("bits_per_byte", {})}
-                records.append(record)
-            except (ValueError, KeyError, TypeError) as error:
-                sys.exit(f"{path}, line {number} is no record of a run ({error!r})")
+                valid = isinstance(record["step"] + record["tokens"], int) and all(
+                    isinstance(record.get(key, {}), dict) for key in ("mixture", "bits_per_byte"))
+            except (ValueError, KeyError, TypeError):
+                valid = False
+            if not valid:
+                sys.exit(f"{path}, line {number} is no record of a run")
+            records.append(record)
     if not any("loss" in record for record in records):
         sys.exit(f"{path} has no step yet: train a little further")
     return records
 
 
-def series(records, *keys, absent=None):
-    """(tokens, values) of the records that have a value at this path of keys; `absent` is that of
-    an object without the last one."""
-    x, y = [], []
+def read_series(records, key, source=None, default=None):
+    """(tokens, values) of the records that have a `key`; given a source, of its entry there, or of
+    `default` where there is none."""
+    tokens, values = [], []
     for record in records:
-        value = record.get(keys[0])
-        if value is not None and keys[1:]:
-            value = value.get(keys[1], absent)
+        value = record.get(key)
+        if source is not None and value is not None:
+            value = value.get(source, default)
         if value is not None:
-            x.append(record["tokens"])
-            y.append(value)
-    return x, y
+            tokens.append(record["tokens"])
+            values.append(value)
+    return tokens, values
 
 
-def stages_of(records):
-    """{stage: (the record before its first, its last)}, as far as there are two."""
-    found = {}
-    if records[0].get("stage") == 1:             # without validation nothing is written of step 0
+def find_stages(records):
+    """{stage: (the record before its first one, its last record)}."""
+    if records[0].get("stage") == 1:             # without validation there is no record of step 0
         records = [{"step": 0, "tokens": 0}, *records]
+    stages = {}
     for before, record in zip(records, records[1:]):
         if "stage" in record:
-            first, _ = found.get(record["stage"], (before, None))
-            found[record["stage"]] = first, record
-    return found
+            first, _ = stages.get(record["stage"], (before, None))
+            stages[record["stage"]] = first, record
+    return stages
 
 
-def short(tokens, _=None):
-    """350B for 350e9."""
+def format_count(n, _=None):
+    """350B for 350e9. (matplotlib also gives the position on the axis.)"""
     for limit, unit in (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"):
-        if tokens >= limit:
-            return f"{tokens / limit:.4g}{unit}"
-    return f"{tokens:.0f}"
+        if n >= limit:
+            return f"{n / limit:.4g}{unit}"
+    return f"{n:.0f}"
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing to files: no screen is needed."""
+    """matplotlib.pyplot, set up to draw into files: no screen is needed."""
     try:
         import matplotlib
     except ImportError:
@@ -80,75 +81,68 @@ def pyplot():
     return plt
 
 
-def write(figure, out):
+def save_figure(figure, out):
     """Writes a figure to the PNG `out`, whole or not at all."""
-    temporary = Path(f"{out}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, out)
+        with atomic_write(out) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
     except OSError as error:
         sys.exit(f"{out} cannot be written: {error}")
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot().close(figure)
 
 
-def draw(runs, out):
-    """Draws {name: records} to the PNG `out`."""
-    plt = pyplot()
-    figure, axes = plt.subplots(5, 1, sharex=True, figsize=(9, 10), height_ratios=(3, 3, 1, 1, 1),
-                                layout="constrained")
-    sources = sorted({s for records in runs.values() for r in records
-                      for s in (*r.get("mixture", ()), *r.get("bits_per_byte", ()))})
-    colours = {source: f"C{k}" for k, source in enumerate(sources)}
+def mark_stages(axes, stages, labelled):
+    """Draws a dotted line between stages, and writes the number and batch of those that are not
+    `labelled` yet above the first of `axes`."""
+    for stage, (first, last) in stages.items():
+        for ax in axes if stage + 1 in stages else ():
+            ax.axvline(last["tokens"], color="grey", linestyle=":", linewidth=0.8)
+        if stage not in labelled:
+            batch = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
+            words = f"{batch:,.0f}" if batch < 1e6 else format_count(batch)
+            axes[0].text((first["tokens"] + last["tokens"]) / 2, 1,
+                         f"stage {stage}\n{words} per step", ha="center", va="bottom",
+                         fontsize="small", transform=axes[0].get_xaxis_transform())
+
+
+def plot_runs(runs, out):
+    """Plots {name: records} to the PNG `out`."""
+    figure, axes = pyplot().subplots(5, 1, sharex=True, figsize=(9, 10), layout="constrained",
+                                     height_ratios=(3, 3, 1, 1, 1))
+    loss, bits, rate, mixture, speed = axes
+    sources = sorted({source for records in runs.values() for record in records
+                      for key in ("mixture", "bits_per_byte") for source in record.get(key, ())})
     labelled, starts = set(), []
-
-    def line(ax, x, y, **look):
-        ax.plot(x, y, linestyle=style, linewidth=1.2, **({"marker": "."} if len(x) == 1 else {})
-                | look)
-
-    for (name, records), style in zip(runs.items(), STYLES * len(runs)):
-        label = f"{name}: " * (len(runs) > 1)
-        line(axes[0], *series(records, "loss"), color="black", label=name)
-        for source in sources:
-            x, y = series(records, "bits_per_byte", source)
-            if x:
-                line(axes[1], x, y, color=colours[source], marker=".", label=label + source)
-            line(axes[3], *series(records, "mixture", source, absent=0.0), color=colours[source],
-                 label=source if records is next(iter(runs.values())) else None)
-        line(axes[2], *series(records, "lr"), color="black")
-        line(axes[4], *series(records, "tokens_per_second"), color="black")
-        stages = stages_of(records)
-        for stage, (first, last) in stages.items():
-            if stage + 1 in stages:
-                for ax in axes:
-                    ax.axvline(last["tokens"], color="grey", linestyle=":", linewidth=0.8)
-            starts.append(first["tokens"])
-            if stage not in labelled:
-                labelled.add(stage)
-                batch = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
-                words = f"{batch:,.0f}" if batch < 1e6 else short(batch)
-                axes[0].text((first["tokens"] + last["tokens"]) / 2, 1.0,
-                             f"stage {stage}\n{words} a step", ha="center", va="bottom",
-                             fontsize="small", transform=axes[0].get_xaxis_transform())
-    for ax, title in zip(axes, ("loss, nats a token", "validation, bits a byte", "learning rate",
-                                "mixture", "tokens/s")):
+    for i, (name, records) in enumerate(runs.items()):
+        look = {"linestyle": LINE_STYLES[i % len(LINE_STYLES)], "linewidth": 1.2, "marker": ".",
+                "markersize": 3}
+        for ax, key in (loss, "loss"), (rate, "lr"), (speed, "tokens_per_second"):
+            ax.plot(*read_series(records, key), color="black", label=name, **look)
+        for k, source in enumerate(sources):
+            tokens, values = read_series(records, "bits_per_byte", source)
+            if tokens:
+                bits.plot(tokens, values, color=f"C{k}", **look,
+                          label=source if len(runs) == 1 else f"{name}: {source}")
+            mixture.plot(*read_series(records, "mixture", source, default=0.0), color=f"C{k}",
+                         label=source if i == 0 else None, **look)
+        stages = find_stages(records)
+        mark_stages(axes, stages, labelled)
+        labelled |= stages.keys()
+        starts += [first["tokens"] for first, _ in stages.values()]
+    for ax, title in zip(axes, ("loss, nats per token", "validation, bits per byte",
+                                "learning rate", "mixture", "tokens/s")):
         ax.set_ylabel(title)
         ax.grid(alpha=0.2)
-    left, right = axes[0].get_xlim()
-    axes[0].set_xlim(min([left, *starts]), right)
-    axes[0].legend()
-    if axes[1].lines:
-        axes[1].legend()
-    axes[2].set_ylim(bottom=0)
-    if sources:
-        axes[3].legend(fontsize="small", loc="center left")
-    axes[3].set_ylim(-0.05, 1.05)
-    axes[4].set_ylim(bottom=0)
-    axes[4].yaxis.set_major_formatter(short)
-    axes[4].set_xlabel("tokens")
-    axes[4].xaxis.set_major_formatter(short)
-    write(figure, out)
+        if ax in (loss, bits, mixture) and ax.lines:
+            ax.legend(fontsize="small")
+    loss.set_xlim(left=min([loss.get_xlim()[0], *starts]))
+    rate.set_ylim(bottom=0)
+    mixture.set_ylim(-0.05, 1.05)
+    speed.set(ylim=(0, None), xlabel="tokens")
+    speed.yaxis.set_major_formatter(format_count)
+    speed.xaxis.set_major_formatter(format_count)
+    save_figure(figure, out)
 
 
 def parse_args(argv):
@@ -164,7 +158,7 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     out = args.out or str(Path(args.runs[0]) / "plot.png")
-    draw({str(Path(run)): read_metrics(run) for run in args.runs}, out)
+    plot_runs({str(Path(run)): read_metrics(run) for run in args.runs}, out)
     print(out)
 
 

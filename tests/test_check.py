@@ -11,7 +11,8 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 errors = partial(check.attention_errors, CPU, FP32, 1)
 
 
-@pytest.mark.parametrize("how", [(40, 40, False, True), (8, 40, True), (1, 40, True), (40, 40, True)])
+@pytest.mark.parametrize("how", [(40, 40, False, True), (8, 40, True), (1, 40, True),
+                                 (40, 40, True)])
 def test_attention_is_right_and_a_leak_is_found(how, monkeypatch):
     """A check that compares a kernel with itself, or by too wide a limit, finds nothing: here one
     query sees one key too many, a single head is another's, or a gradient is a tenth too large."""
@@ -47,8 +48,8 @@ def test_what_is_wrong_is_bad(error, status, monkeypatch, capsys):
         return {"gradient": 1e-7, "output": 1e-6 if B == 1 else error}
 
     monkeypatch.setattr(check, "attention_errors", attention_errors)
-    monkeypatch.setattr(check, "step", lambda *_: {"loss": torch.ones(1)})
-    monkeypatch.setattr(check, "text", lambda *_: torch.ones(2, 40))
+    monkeypatch.setattr(check, "training_step", lambda *_: {"loss": torch.ones(1)})
+    monkeypatch.setattr(check, "greedy_text", lambda *_: torch.ones(2, 40))
     monkeypatch.setattr(check, "compile_error", lambda device: "no compiler")
     with pytest.raises(SystemExit) as end:
         check.main([])

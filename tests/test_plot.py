@@ -28,28 +28,28 @@ def run(tmp_path):
 
 def test_values_are_the_records():
     """A source that came later has no validation before it, but its share was zero."""
-    assert plot.series(RECORDS, "loss") == ([100, 200, 600, 1000], [8.0, 7.0, 8.0, 7.0])
-    assert plot.series(RECORDS, "mfu") == ([], [])
-    assert plot.series(RECORDS, "bits_per_byte", "b") == ([600, 1000], [3.0, 3.0])
-    assert (plot.series(RECORDS, "mixture", "b", absent=0.0)
+    assert plot.read_series(RECORDS, "loss") == ([100, 200, 600, 1000], [8.0, 7.0, 8.0, 7.0])
+    assert plot.read_series(RECORDS, "mfu") == ([], [])
+    assert plot.read_series(RECORDS, "bits_per_byte", "b") == ([600, 1000], [3.0, 3.0])
+    assert (plot.read_series(RECORDS, "mixture", "b", default=0.0)
             == ([100, 200, 600, 1000], [0.0, 0.0, 0.5, 0.5]))
 
 
 def test_stages_begin_where_the_one_before_ended():
     """The batch of a stage is its tokens over its steps; taken from its own lines alone, the first
     interval would be lost."""
-    stages = plot.stages_of(RECORDS)
+    stages = plot.find_stages(RECORDS)
     assert {k: (a["tokens"], b["tokens"]) for k, (a, b) in stages.items()} == {
         1: (0, 200), 2: (200, 1000)}
-    assert plot.stages_of(LATER)[2] == (LATER[0], LATER[1])           # a fork without validation
-    assert plot.stages_of(STEPS)[1] == ({"step": 0, "tokens": 0}, STEPS[1])
+    assert plot.find_stages(LATER)[2] == (LATER[0], LATER[1])           # a fork without validation
+    assert plot.find_stages(STEPS)[1] == ({"step": 0, "tokens": 0}, STEPS[1])
 
 
 @pytest.mark.parametrize("tokens, text", [(0, "0"), (2_000, "2k"), (1.5e6, "1.5M"), (350e9, "350B"),
                                           (2e12, "2T")])
 def test_tokens_are_written_as_people_say_them(tokens, text):
     """An axis of 1e12 says nothing."""
-    assert plot.short(tokens) == text
+    assert plot.format_count(tokens) == text
 
 
 def test_a_picture_is_drawn(run, tmp_path, capsys):

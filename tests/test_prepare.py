@@ -660,7 +660,8 @@ def test_the_demo_builds_two_sources(tmp_path, monkeypatch, capsys):
         [f"x{k} = {k} + 1\n" * 9 for k in range(60)]))
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])
     prose, code = (Source(tmp_path / name, "train", 32) for name in ("demo-prose", "demo-code"))
-    assert prose.header.tokenizer_sha256 == code.header.tokenizer_sha256 and prose.windows > 10 < code.windows
+    assert prose.header.tokenizer_sha256 == code.header.tokenizer_sha256
+    assert prose.windows > 10 < code.windows
     assert Source(tmp_path / "demo-prose", "val", 32).windows > 0
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])  # again: in the same place
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo-code", "demo-prose"]
