@@ -66,6 +66,7 @@ from device import (
     peak_flops,
 )
 from files import InputError, read_json
+from hf import config_from_hf
 from plan import choose_training_compile, fill_vocab_size
 from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
 from sample import (
@@ -448,7 +449,7 @@ def bench_generate(args):
         if getattr(args, name) < least:
             sys.exit(f"--{name} must be at least {least}, got {getattr(args, name)}")
     checkpoint = find_model(args.checkpoint) if args.checkpoint else None
-    config = (model.config_from_hf(read_json(checkpoint / "config.json")) if checkpoint
+    config = (config_from_hf(read_json(checkpoint / "config.json"), model.ModelConfig) if checkpoint
               else model.ModelConfig())
     if args.prompt + args.tokens > config.context:
         sys.exit(f"--prompt={args.prompt} and --tokens={args.tokens} are more than the context of "

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 
 from data import parse_stages, source_names, stage_ends, tokens_after
 from files import InputError, atomic_write, fsync, read_json, sha256_file, write_json
-from model import config_from_hf, hf_name, safetensors_files
+from hf import config_from_hf, hf_name, safetensors_files
+from model import ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, local_shard
 
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -259,7 +260,7 @@ def check_init(path, cfg, sources):
                 else "A model from the hub has to be downloaded first")
         sys.exit(f"init_from {path} is no folder of a model: it has no config.json. {hint}")
     try:
-        theirs = dict(vars(config_from_hf(read_json(path / "config.json"))))
+        theirs = dict(vars(config_from_hf(read_json(path / "config.json"), ModelConfig)))
     except InputError as error:
         sys.exit(f"init_from {path}: {error}")
     del theirs["context"]                                          # no weight depends on it

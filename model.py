@@ -30,26 +30,19 @@ precision and compilation are applied from outside and change nothing here.
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-from files import InputError, atomic_write, read_json, write_json
+from hf import HuggingFaceFolder, ModelError
 
 try:
     from flash_attn import flash_attn_func
 except ImportError:      # it needs a CUDA compiler to install, and nothing here needs it
     flash_attn_func = None
-
-
-class ModelError(InputError):
-    """A model that cannot be built, or a folder that does not hold one this file can read."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +262,11 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         return dx.mul_(grad / len(dx)), dw.mul_(grad / len(dx)), None, None, None
 
 
-class Llama(nn.Module):
+class Llama(HuggingFaceFolder, nn.Module):
     """The decoder. `model(idx, targets)` is the loss, `model(idx)` the logits,
     `model(idx, cache=cache)` those of a continuation. Its weights are whatever memory holds until
-    `init_weights` or `from_pretrained` has set them."""
+    `init_weights` or `from_pretrained` (hf.py) has set them."""
+    config_class = ModelConfig
 
     def __init__(self, config):
         super().__init__()
@@ -347,66 +341,6 @@ class Llama(nn.Module):
         attention as if it were not causal."""
         N, c = sum(p.numel() for p in self.parameters()), self.config
         return 6 * N + 12 * c.n_layer * c.d_model * (T or c.context)
-
-    def save_pretrained(self, folder, bos_id=1, eos_id=2, tensors=None):
-        """Writes config.json, generation_config.json and model.safetensors in the spelling that
-        every version of `transformers`, vLLM and llama.cpp's converter reads. `tensors` {name:
-        tensor} replace the parameters of a process that holds shards only."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {hf_name(name): p.detach().cpu().contiguous()
-                   for name, p in (tensors or dict(self.named_parameters())).items()}
-        tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        write_json(folder / "config.json", HF_FIXED | tokens | {
-            "rope_scaling": None, "use_cache": True,
-            "initializer_range": math.sqrt(2 / 5 / self.config.d_model),
-            "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-            **{theirs: getattr(self.config, ours) for ours, theirs in HF_CONFIG.items()}})
-        # no sampling by default: it made evaluations of the original irreproducible
-        write_json(folder / "generation_config.json", tokens | {"max_length": self.config.context})
-        with atomic_write(folder / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-
-    @classmethod
-    def from_pretrained(cls, folder, device=None, dtype=torch.float32):
-        """The model of a Hugging Face Llama folder (safetensors, one file or several), its weights
-        in `dtype`. Raises InputError for a folder that lacks something or is of another model."""
-        config = config_from_hf(read_json(Path(folder) / "config.json"))
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device or "cpu")
-        model.load_tensors(Path(folder))
-        return model
-
-    @torch.no_grad()
-    def load_tensors(self, folder, part=lambda p: (p, slice(None))):
-        """Fills the parameters from the safetensors files of `folder`, one tensor in memory at a
-        time. `part(parameter)` returns the tensor to fill and the rows that belong in it."""
-        parameters = {hf_name(name): p for name, p in self.named_parameters()}
-        if self.config.tie_embeddings:           # some writers store the one matrix as the head
-            parameters["lm_head.weight"] = self.embed.weight
-        filled, unknown = set(), []
-        for path in safetensors_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():                     # noqa: SIM118 (it is no dict)
-                        if name in parameters:
-                            p, tensor = parameters[name], file.get_slice(name)
-                            if tuple(tensor.get_shape()) != p.shape:
-                                raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
-                                                 f"but config.json makes it {tuple(p.shape)}")
-                            local, rows = part(p)
-                            local.copy_(tensor[rows])
-                            filled.add(id(p))
-                        elif not name.endswith("rotary_emb.inv_freq"):      # computed, not learned
-                            unknown.append(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read, "
-                                 f"it is truncated or no safetensors file ({error})") from None
-        missing = [name for name, p in parameters.items() if id(p) not in filled]
-        if missing or unknown:
-            raise ModelError(f"{folder} does not hold the model of its config.json: "
-                             f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,72 +429,3 @@ def masked_attention(q, k, v, mask):
     q = q.reshape(B, K, H // K * T, D).to(k.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
     return y.reshape(B, H, T, D)     # no view: CUDA's kernels return (B, T, H, D) memory
-
-
-# --------------------------------------------------------------------------------------------------
-# Hugging Face folders: other names for the same things. Both use half-split RoPE, so no weight is
-# permuted.
-
-HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
-              "head": "lm_head", "attn_norm": "input_layernorm", "attn": "self_attn",
-              "mlp_norm": "post_attention_layernorm",
-              "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
-              "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
-HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
-             "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-             "d_ff": "intermediate_size", "vocab_size": "vocab_size",
-             "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-             "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
-
-# settings of config.json of which this file implements one value
-HF_FIXED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False}
-
-
-def hf_name(name):
-    """blocks.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight"""
-    return ".".join(HF_MODULES.get(part, part) for part in name.split("."))
-
-
-def config_from_hf(hf):
-    """The ModelConfig of a config.json (a dict). Raises ModelError naming each setting that this
-    file does not implement."""
-    hf = {key: value for key, value in hf.items() if value is not None}
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}          # transformers 5 | 4
-    if not isinstance(rope, dict):
-        raise ModelError(f"config.json: the rope settings must be an object, got {rope!r}")
-    # where a config.json is silent, `transformers` assumes these values
-    hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
-          "max_position_embeddings": 2048, "rope_theta": 10_000.0, "tie_word_embeddings": False,
-          "model_type": None, "rope_type": rope.get("type", "default")} | rope | hf
-    only = HF_FIXED | {"rope_type": "default", "partial_rotary_factor": 1.0,
-                       "quantization_config": None}
-    refused = [f"{key} = {hf[key]!r} (only {value!r})" for key, value in only.items()
-               if hf.get(key, value) != value]
-    if refused:
-        raise ModelError(f"unsupported config.json: {', '.join(refused)}")
-    for ours, theirs in HF_CONFIG.items():
-        kind, value = type(getattr(ModelConfig, ours)), hf.get(theirs)
-        if type(value) is not kind and (type(value), kind) != (int, float):
-            raise ModelError(f"config.json: {theirs} must be {kind.__name__}, got {value!r}")
-    config = ModelConfig(**{ours: hf[theirs] for ours, theirs in HF_CONFIG.items()})
-    if hf.get("head_dim", config.head_dim) != config.head_dim:
-        raise ModelError(f"unsupported config.json: head_dim = {hf['head_dim']} "
-                         f"(only hidden_size / num_attention_heads = {config.head_dim})")
-    return config
-
-
-def safetensors_files(folder):
-    """The files that hold a folder's weights: those its index names, or the only one."""
-    names, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index} has no weight_map")
-        names = set(weight_map.values())
-    absent = [name for name in sorted(names) if not (folder / name).is_file()]
-    if absent:
-        raise ModelError(f"{folder} has no {', '.join(absent)} "
-                         "(of weights, only safetensors files are read)")
-    return [folder / name for name in sorted(names)]

@@ -17,8 +17,6 @@ Prompt and continuation go to standard output, samples separated by a line ---, 
 --prompts; everything else goes to standard error.
 """
 import argparse
-import copy
-import glob
 import json
 import math
 import os
@@ -29,76 +27,19 @@ from pathlib import Path
 from timeit import repeat
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from device import choose_compile, compile_function, find_device, find_dtype
-from files import InputError, read_json
-from model import KVCache, Llama
+from decoder import Decoder, count_parameters, should_compile
+from device import choose_compile, find_device, find_dtype
+from files import InputError
+from hf import find_model
+from model import Llama
 from quantize import LINEAR_TYPES, freeze_for_inference
+from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Loading
-
-def find_model(name):
-    """The folder of a checkpoint: `name` is a folder, the folder of a run (its newest checkpoint),
-    or a hub name; None means the newest checkpoint under out/."""
-    found = glob.glob(f"{glob.escape(name) if name else 'out/*'}/step_*[0-9]/training/state.json")
-    if found:
-        return Path(max(found, key=os.path.getmtime)).parent.parent
-    if name is None:
-        sys.exit("there is no checkpoint under out/: "
-                 "train one with python train.py config_demo.py, or name a folder")
-    if os.path.isdir(name) or name.count("/") != 1:
-        return Path(name)           # if it does not exist, reading its config.json says so
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-    except ImportError:
-        sys.exit(f"there is no folder {name}; to take it from the hub: pip install huggingface_hub")
-    except Exception as error:      # of the network, the hub or the name: its own words say which
-        sys.exit(f"there is no folder {name}, and the hub did not give it: {error}")
-
-
-class Tokenizer:
-    """The tokenizer of a model folder: `encode` and `decode`, without special tokens; `size`;
-    `bos_id`, with which a text begins, and `eos_ids`, which end it. It is read from tokenizer.model
-    by sentencepiece, or else from tokenizer.json by tokenizers."""
-
-    def __init__(self, folder):
-        folder = Path(folder)
-        hf = read_json(folder / "config.json")
-        if (folder / "generation_config.json").exists():
-            hf |= read_json(folder / "generation_config.json")
-        eos = hf.get("eos_token_id", 2)
-        self.bos_id = hf.get("bos_token_id", 1)
-        self.eos_ids = set(eos) if isinstance(eos, list) else {eos}
-        try:
-            if (folder / "tokenizer.model").exists():
-                import sentencepiece
-                sp = sentencepiece.SentencePieceProcessor(
-                    model_file=str(folder / "tokenizer.model"))
-                self.size, self.encode, self.decode = len(sp), sp.encode, sp.decode
-                self.token = sp.id_to_piece
-            elif (folder / "tokenizer.json").exists():
-                import tokenizers
-                fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-                self.size, self.decode = fast.get_vocab_size(), fast.decode
-                self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
-                self.token = fast.id_to_token
-            else:
-                sys.exit(f"{folder} has no tokenizer: "
-                         "put its tokenizer.model (or tokenizer.json) there")
-        except ImportError as error:
-            sys.exit(f"{folder} has a tokenizer.json only: pip install {error.name}")
-        except Exception as error:      # both libraries raise bare ones for a damaged file
-            sys.exit(f"the tokenizer of {folder} cannot be read: {error}")
-
-    def vocabulary(self):
-        return [self.token(i) for i in range(self.size)]
-
 
 def load_model(folder, quantize=None, dtype=None):
     """The model of a folder, frozen for inference, and its tokenizer. It is on the accelerator if
@@ -115,119 +56,9 @@ def load_model(folder, quantize=None, dtype=None):
     return freeze_for_inference(model, quantize), tokenizer
 
 
-def count_parameters(model):
-    """The number of its parameters, however they are stored."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Llama(model.config).parameters())
-
-
 def stored_bytes(model):
     """The bytes that its weights take as stored."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
-# --------------------------------------------------------------------------------------------------
-# Prefill and decode
-
-PREFILL_TOKENS = 512         # short prompts run together, as long as they have no more tokens
-CACHE_MULTIPLE = 128         # caches are a multiple of this long, so that compiled code is reused
-
-
-def should_compile(model, quantize, steps):
-    """Whether compiling pays off in so many decode steps. It takes some ten seconds. Afterwards a
-    token of TinyLlama takes half the time on a CPU, and far less with quantized weights, which
-    without a compiler are turned into floats as a whole for each token."""
-    on_cpu = model.embed.weight.device.type == "cpu"
-    weights_read = steps * count_parameters(model)
-    return weights_read > (1e10 if quantize else 1.5e11 if on_cpu else 1e13)
-
-
-def compile_steps(model):
-    """The same model, sharing its weights, with blocks and head compiled for fixed shapes: all
-    blocks share one graph, so that compiling takes seconds."""
-    compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)
-    compiled.blocks = nn.ModuleList(copy.copy(block) for block in model.blocks)
-    compiled.head = copy.copy(model.head)
-    for module in (*compiled.blocks, compiled.head):         # a product and its sum are one FMA
-        module.forward = compile_function(
-            module.forward, options={"cpp.enable_floating_point_contract_flag": "fast"})
-    return compiled
-
-
-class Decoder:
-    """A model and the KV cache of a number of rows, each a text: `prefill` prompts, then `decode`
-    any number of tokens per row and step. Ids from `vocabulary` on only pad the model's vocabulary
-    to a round size: their logits are dropped."""
-
-    def __init__(self, model, rows, size, vocabulary, compile=False):
-        weight = model.embed.weight
-        self.model, self.vocabulary = model, vocabulary
-        self.step_model = compile_steps(model) if compile else model
-        size = math.ceil(size / CACHE_MULTIPLE) * CACHE_MULTIPLE
-        self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
-        self.cache.is_empty = False                          # prefill fills it from other caches
-        self.is_async = weight.device.type == "cuda"         # a GPU works while the host goes on
-        self.graphs = {}
-
-    def prefill(self, prompts, n=1):
-        """Logits (R, V) after prompts (lists of ids), with n rows per prompt: R = n len(prompts).
-        Each prompt runs through the model once, whatever n is."""
-        weight, last_states = self.model.embed.weight, []
-        at_once = max(1, PREFILL_TOKENS // max(map(len, prompts)))
-        for start in range(0, len(prompts), at_once):
-            group = prompts[start:start + at_once]
-            T = max(map(len, group))
-            idx = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in group],
-                               device=weight.device)                         # (B, T)
-            new = KVCache(self.model.config, len(group), T, weight.device, weight.dtype)
-            x = self.model.hidden_states(idx, new)                           # (B, T, C)
-            last_states += [x[b, len(prompt) - 1] for b, prompt in enumerate(group)]
-            # every row of a prompt gets its keys and values. Those of the padding stay masked,
-            # until the row's own tokens overwrite them
-            rows = slice(start * n, (start + len(group)) * n)
-            for layer, new_layer in zip(self.cache.layers, new.layers):
-                for cached, tensor in zip(layer, new_layer):
-                    cached[rows, :, :T] = tensor.repeat_interleave(n, 0)
-        lengths = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)])
-        self.cache.lengths[:len(lengths)] = lengths
-        logits = self.model.head(torch.stack(last_states))
-        return logits[:, :self.vocabulary].float().repeat_interleave(n, 0)
-
-    def decode(self, ids):
-        """Logits (R, T, V) after each of ids (R, T), which continue the rows. Use them before the
-        next step: a CUDA graph always leaves its logits in the same place."""
-        if ids.device.type != "cuda":
-            logits = self.step_model(ids, cache=self.cache)
-        else:
-            if ids.shape not in self.graphs:
-                self.graphs[ids.shape] = self.capture(ids.clone())
-            graph, graph_ids, logits = self.graphs[ids.shape]
-            graph_ids.copy_(ids)
-            graph.replay()
-        return logits[..., :self.vocabulary].float()
-
-    @torch.inference_mode()
-    def warmup(self, T):
-        """Runs and discards a step of T tokens, so that later ones find their code compiled; to be
-        called before prefill."""
-        self.decode(self.cache.lengths.new_zeros(len(self.cache.lengths), T)).sum().item()
-
-    def capture(self, ids):
-        """A CUDA graph of one step, which starts its hundreds of kernels by a single call; the
-        tensor it reads ids from; the tensor it leaves logits in."""
-        lengths = self.cache.lengths.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):               # compiles, and lets libraries make their plans
-            for _ in range(3):
-                self.step_model(ids, cache=self.cache)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.step_model(ids, cache=self.cache)
-        self.cache.lengths.copy_(lengths)
-        return graph, ids, logits
 
 
 # --------------------------------------------------------------------------------------------------

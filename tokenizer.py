@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 
 from data import Header
-from files import atomic_write, write_json
+from files import atomic_write, read_json, write_json
 
 try:
     from gigatoken import Tokenizer as GigaTokenizer
@@ -265,3 +265,44 @@ class Encoder:
             parts.append(np.array(ids[space:] if start else ids, self.dtype))
             start = stop
         return np.concatenate(parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer of a model
+
+class Tokenizer:
+    """The tokenizer of a model folder: `encode` and `decode`, without special tokens; `size`;
+    `bos_id`, with which a text begins, and `eos_ids`, which end it. It is read from tokenizer.model
+    by sentencepiece, or else from tokenizer.json by tokenizers."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        hf = read_json(folder / "config.json")
+        if (folder / "generation_config.json").exists():
+            hf |= read_json(folder / "generation_config.json")
+        eos = hf.get("eos_token_id", 2)
+        self.bos_id = hf.get("bos_token_id", 1)
+        self.eos_ids = set(eos) if isinstance(eos, list) else {eos}
+        try:
+            if (folder / "tokenizer.model").exists():
+                import sentencepiece
+                sp = sentencepiece.SentencePieceProcessor(
+                    model_file=str(folder / "tokenizer.model"))
+                self.size, self.encode, self.decode = len(sp), sp.encode, sp.decode
+                self.token = sp.id_to_piece
+            elif (folder / "tokenizer.json").exists():
+                import tokenizers
+                fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                self.size, self.decode = fast.get_vocab_size(), fast.decode
+                self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
+                self.token = fast.id_to_token
+            else:
+                sys.exit(f"{folder} has no tokenizer: "
+                         "put its tokenizer.model (or tokenizer.json) there")
+        except ImportError as error:
+            sys.exit(f"{folder} has a tokenizer.json only: pip install {error.name}")
+        except Exception as error:      # both libraries raise bare ones for a damaged file
+            sys.exit(f"the tokenizer of {folder} cannot be read: {error}")
+
+    def vocabulary(self):
+        return [self.token(i) for i in range(self.size)]

@@ -15,16 +15,14 @@ attention's backward pass adds up in an order that varies.
     torchrun --nproc-per-node=8 train.py RECIPE.py      the same on 8 GPUs (parallel.py)
     python train.py RECIPE.py --plan [--gpus=8]         what it will do, without doing it (plan.py)
 """
-import json
 import math
 import os
 import signal
 import sys
 import time
 from bisect import bisect_left
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,8 +38,9 @@ import checkpoint
 import data
 import parallel
 from config import load_config
-from device import device_name, disable_malloc_trim, memory_used, peak_flops
-from files import InputError, atomic_write
+from device import disable_malloc_trim, memory_used
+from files import InputError
+from metrics import Metrics, format_record
 from model import WITHOUT_CUDNN, ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, grad_sync, is_sharded
 from plan import format_memory, print_plan, resolve
@@ -302,56 +301,6 @@ class StopRequest:
 
     def __bool__(self):
         return self.received
-
-
-class Metrics:
-    """metrics.jsonl, one record per line. What an interrupted run wrote after the checkpoint from
-    which this one resumes is cut off; a run that does not resume starts a new file."""
-
-    def __init__(self, run, start, flops_per_token):
-        path, lines = run.out_dir / "metrics.jsonl", []
-        if path.exists() and start.resuming:
-            for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
-                with suppress(ValueError, KeyError, TypeError):     # of a line torn by a crash
-                    if json.loads(line)["step"] <= start.step and line.endswith("\n"):
-                        lines.append(line)
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(lines), "utf-8")
-        self.file = open(path, "a", encoding="utf-8")
-        peak = peak_flops(device_name(run.world.device), run.dtype)
-        self.tokens_per_second_at_peak = peak and peak * run.world.size / flops_per_token
-        self.tokens, self.seconds, self.sequences = 0, 0, Counter()
-
-    def record_step(self, rows, context, seconds):
-        """Counts a step. Speed and mixture of the next record are those of the steps since the last
-        one, without evaluations and saves."""
-        self.sequences.update(name for name, _ in rows)
-        self.tokens, self.seconds = self.tokens + len(rows) * context, self.seconds + seconds
-
-    def write(self, record, memory):
-        if self.tokens:
-            rate = self.tokens / self.seconds
-            peak = self.tokens_per_second_at_peak
-            record |= {"tokens_per_second": rate, "mfu": rate / peak if peak else None,
-                       "memory": memory, "mixture": {name: count / self.sequences.total()
-                                                     for name, count in self.sequences.items()}}
-            self.tokens, self.seconds, self.sequences = 0, 0, Counter()
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self.last = record
-
-
-def format_record(record, steps):
-    """A record as one line of text."""
-    text = f"step {record['step']}/{steps}"
-    if "loss" in record:
-        text += (f"  loss {record['loss']:.3f}  lr {record['lr']:.2e}  "
-                 f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s")
-        if record["mfu"]:
-            text += f"  MFU {record['mfu']:.1%}"
-    for name, bits in record.get("bits_per_byte", {}).items():
-        text += f"  | {name} {record['val_loss'][name]:.3f} nats/token, {bits:.3f} bits/byte"
-    return text
 
 
 # --------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_running_ahead_changes_nothing(loaded, right):
 def test_prompts_run_together_as_far_as_they_fit(loaded, right, tokens, monkeypatch):
     """Alone, in pairs or all in one pass: padding must not be seen, nor one row's keys be
     another's."""
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr("decoder.PREFILL_TOKENS", tokens)
     prompts, texts = right
     for n in 1, 2:
         assert texts_of(generate(decoder(loaded[0], 4 * n), prompts, n, 20, set(), greedy)) == [
@@ -204,7 +204,7 @@ def test_a_draft_changes_no_text(loaded, right, who, guesses):
 def test_a_draft_changes_no_probability(how, monkeypatch):
     """Triples of tokens come as often as the model says, with a draft of another distribution: to
     accept too readily, or to sample again from the wrong rest, would tilt it."""
-    monkeypatch.setattr(sample, "CACHE_MULTIPLE", 8)                  # 20,000 rows of cache
+    monkeypatch.setattr("decoder.CACHE_MULTIPLE", 8)                  # 20,000 rows of cache
     n, V = 20_000, 6
     model, draft = (tiny(seed, n_layer=1, vocab_size=V, d_model=32, n_head=2, n_kv_head=1, d_ff=32,
                          context=8) for seed in (1, 2))
