@@ -25,7 +25,6 @@ CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
 
 # (what, batch, queries, keys, with a mask, in training): every form of attention that a run uses
 ATTENTION = [("training", 1, 2048, 2048, False, True), ("a prompt", 1, 100, 100, False, False),
-             ("the next chunk of a prompt", 1, 512, 1000, False, False),
              ("a token", 1, 1, 640, True, False), ("tokens of 16 texts", 16, 1, 640, True, False),
              ("draft tokens", 3, 5, 640, True, False)]
 

@@ -1,10 +1,10 @@
-"""The demo's Math & Code: forks from the demo after its first stage, and goes on with four fifths
-of code.
+"""The demo's Math & Code: forks from the demo after its first stage, and continues with four
+fifths of code.
 
     python train.py config_demo.py                 up to the end of its first stage, then
     python train.py config_demo_code.py
 
-Two minutes on two CPU cores with bf16. At the end of the run it is better at code than the demo,
+A minute or two on two CPU cores with bf16. At its end it is better at code than the demo,
 and worse at prose (README, Results).
 """
 from config_demo import *
@@ -13,4 +13,4 @@ _mixture = {"demo-prose": 0.2, "demo-code": 0.8}
 stages = [stages[0],
           stages[1] | {"mixture": _mixture},
           stages[2] | {"mixture": _mixture}]
-fork_from = "out/demo/step_00000782"
+fork_from = "out/demo/step_00000440"

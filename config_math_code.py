@@ -1,4 +1,4 @@
-"""TinyLlama v1.1 Math & Code: forks from the base model after its first stage, and goes on with a
+"""TinyLlama v1.1 Math & Code: forks from the base model after its first stage, and continues with a
 quarter of code and mathematics (arXiv 2401.02385v2, section 2.5 and appendix).
 
     torchrun train.py config_base.py               up to the end of its first stage, then
