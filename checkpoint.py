@@ -2,7 +2,7 @@
 
 A checkpoint is a Hugging Face folder, with what training needs besides the model in training/:
 
-    out/demo/step_00001563/
+    out/demo/step_00001345/
         config.json, model.safetensors, tokenizer.model, ...    what sample.py and others read
         training/optimizer.safetensors                          Adam's two moments
         training/state.json           recipe, step, versions, and the SHA-256 of every other file
@@ -186,7 +186,7 @@ def find_start(run):
             then = f"continue from {own[-2]}" if own[:-1] else "start over"
             sys.exit(f"{error}\nRemove {path} to {then}")
         check_lineage(state, cfg, sources, inf, f"{path} was trained by another recipe",
-                      "Take the same, or another --out_dir")
+                      "Use the same recipe, or another --out_dir")
         warn_numerics_changed(state, run)
         return Start(state["step"], path, True, state.get("origin"))
     if cfg.fork_from:
@@ -236,8 +236,9 @@ def check_fork(path, state, cfg, sources):
     if state["step"] not in ends:
         sys.exit(f"{path} was written at step {state['step']}, within a stage: a fork starts where "
                  f"one ends, and that run's end at {', '.join(map(str, ends))}")
-    check_lineage(state, cfg, sources, state["step"], f"{path} has another past than this recipe",
-                  "Make these the same; or take the weights alone, --init_from")
+    check_lineage(state, cfg, sources, state["step"],
+                  f"{path} has a different history than this recipe",
+                  "Make these the same; or take only the weights, --init_from")
 
 
 def read_fork(path):

@@ -23,9 +23,11 @@ def load_config(argv, cls):
     kinds, found = typing.get_type_hints(cls), {}
     for arg in argv:
         if arg in ("-h", "--help"):
-            sys.exit(f"recipe files, then --key=value; the keys and their defaults:\n{usage(cls)}")
-        for key, value in (parse_option(arg, kinds) if arg.startswith("--")
-                           else read_assignments(arg)).items():
+            print(f"recipe files, then --key=value; the keys and their defaults:\n{usage(cls)}")
+            sys.exit()
+        is_option = arg.startswith("--")
+        pairs = parse_option(arg, kinds) if is_option else read_assignments(arg)
+        for key, value in pairs.items():
             if key not in kinds:
                 near = ", ".join(get_close_matches(key, kinds, cutoff=0.5))
                 sys.exit(f"{arg}: there is no key {key!r}; "
@@ -66,14 +68,14 @@ def read_assignments(path):
 
 
 def coerce(value, kind, where):
-    """`value` as `kind`: an int is a fine float and 3e12 a fine int, but True is not 1, and nothing
-    else is converted."""
+    """`value` as `kind`: an int is accepted as a float, and 3e12 as an int, but True is not 1, and
+    nothing else is converted."""
     if ((type(value), kind) == (int, float)
             or (type(value), kind) == (float, int) and value.is_integer()):
         return kind(value)
-    kinds = typing.get_args(kind) or (kind,)                  # bool | None is two
-    if type(value) not in kinds:
-        names = " or ".join(k.__name__.removesuffix("Type") for k in kinds)
+    allowed = typing.get_args(kind) or (kind,)                # bool | None is two
+    if type(value) not in allowed:
+        names = " or ".join(k.__name__.removesuffix("Type") for k in allowed)
         sys.exit(f"{where} must be {names}, got {value!r}")
     return value
 

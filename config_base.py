@@ -9,8 +9,8 @@
 GPU-hours, 15 days. Their result: 53.63 on average over HellaSwag, OpenBookQA, WinoGrande, ARC,
 BoolQ and PIQA.
 
-Stage 2 is where the Math & Code and Chinese variants fork with mixtures of their own; this one continues
-with SlimPajama. Stage 3 "cools down" by four times the batch, the learning rate being low
+Stage 2 is where the Math & Code and Chinese variants fork with mixtures of their own; this one
+continues with SlimPajama. Stage 3 "cools down" by four times the batch, as the learning rate is low
 already. The paper says "approximately 1.8M" tokens a batch; 64 GPUs x 14 sequences x 2,048 is our
 reading of it, and the learning rate, not restated for v1.1, is that of v1.0.
 """

@@ -1,5 +1,5 @@
-"""TinyLlama v1.1 Chinese: forks from the base model after its first stage, and continues with as much
-Chinese as English (arXiv 2401.02385v2, section 2.5 and appendix).
+"""TinyLlama v1.1 Chinese: forks from the base model after its first stage, and continues with as
+much Chinese as English (arXiv 2401.02385v2, section 2.5 and appendix).
 
     torchrun train.py config_base.py               up to the end of its first stage, then
     python prepare.py tokenize ... --out=data/skypile             SkyPile, with Llama 2's tokenizer

@@ -18,20 +18,23 @@ Which windows make up the batch of step k follows from (seed, stages, k) alone. 
 with a state to save, and it does not matter how many GPUs there are, so a run continues anywhere,
 exactly. Two ideas make that possible:
 
-1. Mixing decides whose turn it is. With shares 0.7 and 0.3 a source should have given 0.7 x and
-   0.3 x of the first x sequences. Rounded to whole sequences, these counts only ever grow, and a
-   source has its turn when its count does. The first ten turns are
+1. Mixing decides whose turn it is. With shares 0.7 and 0.3, source a should give 0.7·n of the first
+   n sequences, and b 0.3·n. Rounded to whole sequences, these counts only ever grow, and a source
+   has its turn when its count does; where two grow together, a turn each, in the order of names:
 
-       x              1    2    3    4    5    6    7    8    9    10
-       0.7 x        0.7  1.4  2.1  2.8  3.5  4.2  4.9  5.6  6.3   7.0
-       rounded        1    1    2    3    4    4    5    6    6     7
+       n              1    2    3    4    5    6    7    8    9    10
+       0.7·n rounded  1    1    2    3    4    4    5    6    6     7
+       0.3·n rounded  0    1    1    1    2    2    2    2    3     3
        turn           a    b    a    a    a    b    a    a    b     a
 
-   Each source stays within (K - 1) / 2 sequences of its exact share, for K sources. Shares are
-   fractions, as with floats a count could go back by one now and then.
+   Each of M sources stays within (M - 1) / 2 sequences of its exact share. Shares are fractions, as
+   with floats a count could go back by one now and then.
 2. Shuffling decides which of a source's windows is next. Each epoch has a permutation of its own,
    which is computed for one index at a time and never stored: a Feistel network (Luby and Rackoff
-   1988), whose rounds can all be undone, whatever their keys.
+   1988). Each of its rounds can be undone, whatever the key, so all together are a permutation.
+
+A window in a batch is called a sequence, or a row of x. Recipes give batches in tokens, a Stage
+counts them in sequences.
 """
 import os
 from contextlib import contextmanager
@@ -225,7 +228,7 @@ class Stage:
     batch: int
     shares: dict
     before: dict
-    ramp: Fraction = Fraction(0)
+    ramp: Fraction = Fraction(0)   # tokens / context, so not always whole
 
     @property
     def names(self):
@@ -272,7 +275,7 @@ def parse_shares(mixture, k):
             "all zero")
     for name in mixture:
         require(type(name) is str and name not in ("", "..") and Path(name).name == name,
-                f"stage {k}: the source {name!r} is no plain name of a folder")
+                f"stage {k}: the source {name!r} is not a plain folder name")
     exact = {name: Fraction(str(w)) for name, w in mixture.items()}      # 0.7 means 7/10
     return {name: w / sum(exact.values()) for name, w in exact.items()}
 
@@ -304,12 +307,12 @@ def tokens_after(stages, step, context):
 # --------------------------------------------------------------------------------------------------
 # Mixing
 
-def target_count(stage, name, x):
-    """How many of the first x sequences of a stage should come from source `name`: its share,
-    integrated over x, rounded. Exact."""
+def target_count(stage, name, n):
+    """How many of the first n sequences of a stage should come from source `name`: its share,
+    integrated up to n, rounded. Exact."""
     before, share = stage.before.get(name, 0), stage.shares.get(name, 0)
-    r = min(x, stage.ramp)
-    integral = before * r + share * (x - r)
+    r = min(n, stage.ramp)
+    integral = before * r + share * (n - r)
     if r:
         integral += (share - before) * r * r / (2 * stage.ramp)
     return floor(integral + Fraction(1, 2))
@@ -318,18 +321,18 @@ def target_count(stage, name, x):
 def sequences_per_source(stage, n):
     """How many of the first n sequences of a stage do come from each source, {name: count}.
 
-    Target counts at x are rounded, so they add up to within K/2 of x for K sources. Those at n - K
-    are therefore surely served; a few turns remain, in which sources whose target count has grown
-    give one sequence each, in the order of their names.
+    Target counts are rounded, so they add up to within M/2 of n for M sources. Those at n - M are
+    therefore surely served; a few turns remain, in which sources whose target count has grown give
+    one sequence each, in the order of their names.
     """
     names = stage.names
-    x = max(0, n - len(names))
-    served = {name: target_count(stage, name, x) for name in names}
+    at = max(0, n - len(names))
+    served = {name: target_count(stage, name, at) for name in names}
     left = n - sum(served.values())
     while left:
-        x += 1
+        at += 1
         for name in names:
-            if left and target_count(stage, name, x) > served[name]:
+            if left and target_count(stage, name, at) > served[name]:
                 served[name] += 1
                 left -= 1
     return served

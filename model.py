@@ -11,7 +11,8 @@ One block adds to the residual stream x twice and never replaces it:
        └──────────────────────────────────────┘
 
 Letters, here and in every shape comment: B batch, T time (tokens), S length of the cache,
-C = d_model, F = d_ff, V = vocab_size, H query heads, K key/value heads, D = C / H head dimension.
+C = d_model, F = d_ff, V = vocab_size, H query heads, K key/value heads, D = C / H head dimension,
+L layers.
 
 Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 5632, V 32000:
 
@@ -23,9 +24,9 @@ Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 
 
 The model learns to predict the next token: the logits at position t are scored against token t + 1,
 so targets are inputs shifted by one. The loss is the mean cross-entropy in nats per token, and
-exp(loss) the perplexity: a model that wavers between so many equally likely tokens has this loss.
+exp(loss) the perplexity: guessing among so many equally likely tokens would cost the same.
 Attention crosses the borders of documents inside a window, as the original's does. There is no
-dropout: tokens are seen once or a few times, too seldom to be learned by heart. Sharding, mixed
+dropout: tokens are seen once or a few times, too seldom to be memorized. Sharding, mixed
 precision and compilation are applied from outside and change nothing here.
 """
 import math
@@ -130,7 +131,7 @@ def attention(q, k, v, mask=None):
         return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
     if backend == "query-chunked matmuls":
         return chunked_attention(q, k, v)
-    # in fp32 on a GPU only the kernel that writes all T × T scores knows grouped heads: repeat them
+    # in fp32 on a GPU grouped heads would fall back to a kernel that writes all T × T scores
     if q.is_cuda and q.dtype == torch.float32:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
@@ -229,9 +230,10 @@ LOSS_CHUNK = 4096        # tokens whose logits exist at the same time
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
 
-    The logits are the largest tensor of a training step: 384 kB per token in bf16 and fp32 with
-    their gradients. So they never exist whole. A chunk of tokens at a time, they become their
-    gradient, and that immediately the gradients of x and weight, which the backward pass scales.
+    The logits are the largest tensor of a training step: 384 kB per token, counting them in bf16,
+    in fp32 and their gradients. So they never exist whole. For a chunk of tokens at a time, the
+    gradient of the logits is computed, and from it those of x and weight. So the backward pass has
+    nothing left to do but to scale these.
     """
 
     @staticmethod
@@ -273,13 +275,14 @@ class Llama(HuggingFaceFolder, nn.Module):
         if config.vocab_size < 1:
             raise ModelError(f"vocab_size must be at least 1, got {config.vocab_size}")
         self.config = config
+        # made like this, it draws no initial values of its own
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model),
                                                   freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size)
-        self.cross_entropy_and_grad = cross_entropy_and_grad       # train.py may compile it
+        self.cross_entropy_and_grad = cross_entropy_and_grad       # parallel.py may compile it
 
     @torch.no_grad()
     def init_weights(self):
@@ -294,9 +297,9 @@ class Llama(HuggingFaceFolder, nn.Module):
         original's code (lit_gpt/model.py at bf12224, line 40).
 
         The two matrices per block that write to the residual stream start smaller than others: 2L
-        of them are added up over L layers, and x should not grow with depth. GPT-2 divides by
-        √(2L), so that their sum is about as large as one. Here it is L √(2/5), more from six layers
-        on: at first every block is nearly the identity.
+        of them are added up over L layers, and x should not grow with depth. GPT-2 divides
+        their standard deviation by √(2L), so that their sum is about as large as one. Here it is
+        divided by L √(2/5), more from six layers on: at first blocks are nearly the identity.
         """
         C, L = self.config.d_model, self.config.n_layer
         if p.ndim == 1:                                                      # norms
@@ -418,7 +421,8 @@ class KVCache:
 def update_cache(cache, new, positions):
     """Writes new (B, K, T, D) into keys or values (B, K, size, D) at positions (B or 1, T)."""
     rows = torch.arange(len(cache), device=cache.device)[:, None]
-    cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)          # (B, T, K, D)
+    # (B, T, K, D): indexed dimensions come first
+    cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)
 
 
 def masked_attention(q, k, v, mask):

@@ -6,8 +6,8 @@ Each process computes its rows of the batch. Where the weights are depends on th
     ddp    every process has all weights; after the last micro-batch gradients are averaged, bucket
            by bucket, while the backward pass still runs (torch DistributedDataParallel)
     fsdp   every process owns 1/N of each weight, its gradient and its moments; a block's weights
-           are gathered just before it computes, its gradients averaged and scattered right after
-           (FSDP2, torch.distributed.fsdp.fully_shard; ZeRO, arXiv 1910.02054)
+           are gathered while the block before computes; after the last micro-batch its gradients
+           are averaged and scattered (FSDP2's fully_shard; ZeRO, arXiv 1910.02054)
     hsdp   fsdp within a machine, where links are fast, and ddp between machines
 
 Neither model.py nor data.py knows of it, and the result does not depend on it but for rounding.

@@ -109,7 +109,7 @@ def resolve(cfg, stages, world):
         print(f"stage {k}: {format_stage(stage, micro, world.size, cfg.context)}")
     print(format_memory(run, model))
     for name in sources.keys() - val.keys():
-        print(f"{name} has no validation part of a whole window: it trains without one")
+        print(f"{name} has no validation split of a whole window: it trains without one")
     return run, model
 
 
@@ -213,10 +213,10 @@ def find_planned_start(cfg, ends, sources):
 def print_plan(cfg, stages, lr_at):
     found = plan(cfg, stages, lr_at)
     note = "" if found["vocab_size"] else (f", with a vocabulary of {ModelConfig.vocab_size:,} "
-                                           "until there are data to say")
+                                           "until the data exist")
     print(f"{found['parameters']:,} parameters, {found['flops_per_token']:,} FLOPs per token{note}")
 
-    rows = [("stage", "steps", "tokens", "per step", "of", "ends at step", "learning rate")]
+    rows = [("stage", "steps", "tokens", "per step", "made of", "ends at step", "learning rate")]
     for k, (stage, end, lr, (micro, count)) in enumerate(zip(
             stages, found["ends"], found["lr"], found["micro_batches"]), 1):
         batch = stage.batch * cfg.context
@@ -244,7 +244,7 @@ def print_plan(cfg, stages, lr_at):
           f"stay; {format_bytes((stay + 1) * size)} of disk, with one being written")
     print(f"compute: {found['tokens']:,} tokens to train on, "
           f"{found['tokens'] * found['flops_per_token']:.3g} FLOPs")
-    for rate, whose in ((found["paper_rate"], "as busy as the paper's A100"),
+    for rate, whose in ((found["paper_rate"], "at the MFU of the paper's A100"),
                         (cfg.tokens_per_second, "as given")):
         if rate:
             seconds = found["tokens"] / rate

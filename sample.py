@@ -68,7 +68,7 @@ def top_k_top_p(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Probabilities and ids, both (..., k), of the tokens that may follow logits (..., V), the
     likeliest first: of softmax(logits / temperature) the top_k likeliest (0: all), and of these the
     fewest that together have probability top_p (arXiv 1904.09751); the rest is 0, and the sum not
-    normalised. Temperature 0 leaves the likeliest alone."""
+    normalised. Temperature 0 keeps only the likeliest."""
     V = logits.shape[-1]
     values, ids = logits.float().topk(1 if temperature == 0 else min(top_k or V, V))
     p = ((values - values[..., :1]) / max(temperature, 1e-30)).softmax(-1)
@@ -81,7 +81,8 @@ def top_k_top_p(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 def sample_categorical(p, generator=None):
     """One index (..., 1) per row of p (..., V), with probability proportional to p. This is
-    exponential-race sampling: unlike torch.multinomial it does not synchronize with the device."""
+    exponential-race sampling: among samples of Exp(1) / p the smallest is each index' with
+    probability p. Unlike torch.multinomial it does not synchronize with the device."""
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
@@ -184,6 +185,7 @@ def verify_draft(p, q, draft_ids, generator=None):
     p_draft, q_draft = (t[:, :draft_ids.shape[1]].gather(2, draft_ids[..., None])[..., 0]
                         for t in (p, q))                                     # (R, k)
     u = torch.rand(draft_ids.shape, device=p.device, generator=generator)
+    # cumprod leaves 1 for the leading accepted tokens, and 0 from the first rejected one on
     accepted = (u * q_draft < p_draft).cumprod(1).sum(1, keepdim=True)       # (R, 1)
     # p and q at the first position that was not accepted. If all were, it is the one after the
     # draft, where q is 0 and p itself is sampled from
@@ -408,7 +410,8 @@ def main(argv):
     print(report, file=sys.stderr)
     if args.draft and len(steps) > 2:           # the first two steps warm up
         rate = sum(gained for _, gained in steps[2:]) / (steps[-1][0] - steps[1][0])
-        plain_step = min(repeat(lambda: decoder.warmup(1), number=1, repeat=5))        # seconds
+        # what a step without a draft takes, in seconds: a discarded one of one token, timed
+        plain_step = min(repeat(lambda: decoder.warmup(1), number=1, repeat=5))
         print(f"the draft: {counts[1]} of {counts[0]} tokens accepted, "
               f"{counts[1] / counts[0]:.0%}; {rate * plain_step:.2f} times as fast as without",
               file=sys.stderr)

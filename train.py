@@ -48,26 +48,26 @@ from plan import format_memory, print_plan, resolve
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a recipe is run and what is written. None of these changes what is learned, but for
-    rounding."""
+    """Where a run begins, how it is computed, what it writes. Runs that differ only in these may
+    continue each other's checkpoints."""
     data_dir: str = "data"                 # the folder of the sources
     out_dir: str = ""                      # "": out/ and the recipe's name
     fork_from: str = ""                    # start from this checkpoint at the end of a stage
-    init_from: str = ""                    # start from the weights of this Llama folder
+    init_from: str = ""                    # initial weights: those of this Llama folder
     strategy: str = "auto"                 # of several processes: ddp, fsdp, hsdp
     micro_batch: int = 8                   # the most sequences in one forward pass of a GPU
     activation_checkpointing: bool = False # recompute blocks: a third more compute, less memory
     dtype: str = "auto"                    # of matmuls: float32, bfloat16, auto (bf16 if supported)
     compile: bool | None = None            # None: where it pays
-    log_every: int = 10                    # steps
-    eval_every: int = 1000                 # steps; at the end of a stage always
-    eval_tokens: int = 2 ** 21             # at most, of each source
-    save_every: int = 1000                 # steps; at the end of a stage always
-    keep: int = 3                          # newest checkpoints (stage ends always stay); 0: all
-    keep_every: int = 0                    # also keep every so many steps; 0: no others
+    log_every: int = 10                    # steps between two log lines
+    eval_every: int = 1000                 # steps between evaluations; stage ends have one, too
+    eval_tokens: int = 2 ** 21             # the most tokens of each source in an evaluation
+    save_every: int = 1000                 # steps between checkpoints; stage ends have one, too
+    keep: int = 3                          # newest checkpoints to keep (stage ends stay); 0: all
+    keep_every: int = 0                    # keep one every so many steps, too; 0: no others
     plan: bool = False                     # print what the run will do, instead of doing it
     gpus: int = 1                          # that the plan is for
-    tokens_per_second: float = 0.0         # of one GPU, for the plan; 0: that of the paper's alone
+    tokens_per_second: float = 0.0         # of one GPU, for the plan; 0: the paper's speed only
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TrainConfig(RunOptions, ModelConfig):
     min_lr: float = 4e-5                   # that of the last step
     warmup_steps: int = 2000               # counted in batches of the first stage
     weight_decay: float = 0.1              # of every parameter, as in the original
-    beta1: float = 0.9                     # AdamW's memory of gradients: some 10 steps
-    beta2: float = 0.95                    # and of their squares: some 20, fewer than usual
+    beta1: float = 0.9                     # AdamW averages gradients over some 10 steps
+    beta2: float = 0.95                    # and their squares over some 20, fewer than usual
     grad_clip: float = 1.0                 # the largest norm of the gradient
 
     def __post_init__(self):
@@ -96,7 +96,8 @@ class TrainConfig(RunOptions, ModelConfig):
         for key in (*limits, "weight_decay", "warmup_steps", "keep", "keep_every",
                     "tokens_per_second"):
             if not 0 <= getattr(self, key) < limits.get(key, math.inf):
-                sys.exit(f"{key} must be at least 0 and below {limits.get(key, math.inf)}, "
+                of = " (learning_rate)" if key == "min_lr" else ""
+                sys.exit(f"{key} must be at least 0 and below {limits.get(key, math.inf)}{of}, "
                          f"got {getattr(self, key)}")
         for key, allowed in (("dtype", ("auto", "float32", "bfloat16")),
                              ("strategy", ("auto", "ddp", "fsdp", "hsdp"))):
@@ -106,7 +107,8 @@ class TrainConfig(RunOptions, ModelConfig):
             sys.exit(f"a run has one origin: fork_from {self.fork_from} or init_from "
                      f"{self.init_from}; --fork_from= takes back the recipe's")
         if not self.plan and (self.gpus != 1 or self.tokens_per_second):
-            sys.exit("gpus and tokens_per_second go with --plan")
+            sys.exit("gpus and tokens_per_second go with --plan; to train on many GPUs: torchrun "
+                     "--nproc-per-node=N train.py ...")
 
     def learned(self):
         """{key: value} of the keys that what is learned depends on."""
@@ -187,7 +189,8 @@ def read_batch(sources, rows, device):
 @torch.no_grad()
 def evaluate(model, run):
     """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each
-    validation part: the same windows every time, spread evenly over it."""
+    validation split: the same windows every time, spread evenly over it. (There is no dropout, so
+    no model.eval() either.)"""
     losses, bits, world = {}, {}, run.world
     for name, source in run.val.items():
         n = min(source.windows, max(1, run.cfg.eval_tokens // source.context))
@@ -217,7 +220,10 @@ def evaluate(model, run):
 
 def train(run, start, model, wrapped_model, optimizer, stop_request):
     """Trains until the last step or a stop request, and returns how many steps are done.
-    `wrapped_model` is what to call: the model in what parallelize put around it."""
+        run             the recipe with everything decided (plan.Run)
+        start           the step and checkpoint from which it begins (checkpoint.Start)
+        wrapped_model   what to call: the model in what parallelize put around it
+    """
     cfg, world, context = run.cfg, run.world, run.cfg.context
     metadata = checkpoint.run_metadata(run, start)
     metrics = Metrics(run, start, model.flops_per_token()) if world.rank == 0 else None
@@ -236,22 +242,24 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
             total=run.total_tokens, initial=data.tokens_after(run.stages, start.step, context),
             unit="tok", unit_scale=True, disable=True if world.rank else None) as bar:
         prefetched = prefetcher.submit(read_step, start.step)
-        for step in range(start.step, run.steps + 1):    # one extra turn, to evaluate and save
-            is_end, is_new = step in run.ends, step > start.step
+        # Here `step` steps are done: evaluate, log and save that state, then do one more step.
+        # The last turn has no step left to do.
+        for step in range(start.step, run.steps + 1):
+            is_end, trained = step in run.ends, step > start.step
 
             # evaluate on held-out text, at the end of each stage in any case
-            if run.val and (is_new or not start.resuming) and (
+            if run.val and (trained or not start.resuming) and (
                     step % cfg.eval_every == 0 or is_end):
                 record["val_loss"], record["bits_per_byte"] = evaluate(model, run)
 
-            # log the step before, the same record to the file and, in words, to the terminal
+            # log what the last turn's step recorded, to metrics.jsonl and to the terminal
             if metrics and record and (step % cfg.log_every == 0 or is_end or "val_loss" in record):
                 seen = data.tokens_after(run.stages, step, context)
                 metrics.write({"step": step, "tokens": seen} | record, memory_used(world.device))
                 bar.write(format_record(metrics.last, run.steps), file=sys.stdout)
 
-            # save
-            if is_new and (step % cfg.save_every == 0 or is_end or stopping):
+            # save a checkpoint
+            if trained and (step % cfg.save_every == 0 or is_end or stopping):
                 started = time.perf_counter()
                 checkpoint.save(step, model, optimizer, run, metadata)
                 if world.rank == 0:
@@ -261,7 +269,7 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
             if step == run.steps or stopping:
                 return step
 
-            # step; the next batch is read meanwhile
+            # one more step; the batch after it is read in the background meanwhile
             started = time.perf_counter()
             rows, x, y = prefetched.result()
             if step + 1 < run.steps:
@@ -323,8 +331,9 @@ def read_recipe(argv):
         sys.exit(f"out_dir {cfg.out_dir} is a file: name a folder, or what is to become one")
     stages = data.parse_stages(cfg.stages, cfg.context)
     if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
-        sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does, which has "
-                 f"{data.stage_ends(stages)[-1]} steps")
+        most = (sum(stage.steps * stage.batch for stage in stages) - 1) // stages[0].batch
+        sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does: at most {most}, "
+                 "in batches of the first stage")
     return cfg, stages
 
 
@@ -338,7 +347,8 @@ def parse_mixture(text):
         try:
             mixture[name] = float(share or 1)
         except ValueError:
-            sys.exit(f"--data={text}: {share!r} is no number; give NAME or NAME:SHARE,NAME:SHARE")
+            sys.exit(f"--data={text}: {share!r} is not a number; give NAME or "
+                     "NAME:SHARE,NAME:SHARE")
     return mixture
 
 

@@ -277,10 +277,10 @@ def test_stages_of_the_paper():
     ({"tokens": 2.5}, "2.5"), ({"batch": -8}, "-8"), ({"mixture": {"a": -1}}, "-1"),
     ({"mixture": {"a": 0}}, "not all zero"), ({"mixture": {}}, "not all zero"),
     ({"mixture": {"a": "x"}}, "a number"), ({"mixture": {"a": True}}, "a number"),
-    ({"mixture": {3: 1}}, "plain name"), ({"mixture": {"a": float("nan")}}, "nan"),
+    ({"mixture": {3: 1}}, "plain folder name"), ({"mixture": {"a": float("nan")}}, "nan"),
     ({"mixture": "a"}, "dict"), ({"ramp": 64}, "first"), ({"rmap": 64}, "rmap"),
-    ({"tokens": True}, "True"), ({"mixture": {"": 1}}, "'' is no plain name"),
-    ({"mixture": {"..": 1}}, "plain name"), ({"tokens": None}, "None"),
+    ({"tokens": True}, "True"), ({"mixture": {"": 1}}, "'' is not a plain folder name"),
+    ({"mixture": {"..": 1}}, "plain folder name"), ({"tokens": None}, "None"),
     ({"tokens": float("inf")}, "inf")])
 def test_bad_stages_are_refused(change, words):
     """Each would train on something, and not on what was meant."""

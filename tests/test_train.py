@@ -187,7 +187,7 @@ def test_mixtures_from_the_command_line():
         with pytest.raises(SystemExit, match="leaves out a name, or gives"):
             parse_mixture(text)
     assert parse_mixture("my") == {"my": 1} and parse_mixture("a:0.7,b:0.3") == {"a": 0.7, "b": 0.3}
-    with pytest.raises(SystemExit, match="'x' is no number"):
+    with pytest.raises(SystemExit, match="'x' is not a number"):
         parse_mixture("a:x")
 
 
@@ -550,7 +550,7 @@ def test_a_fork_with_another_past_is_refused(options, words, run, finished, worl
         for name in "prose", "code":
             write_source(world / "data2" / name, [name + TEXT * 3] * 20, model, 0, "a test")
     for plan in [], ["--plan"]:                      # a plan refuses what it can already see
-        with pytest.raises(SystemExit, match=f"(?s)another past than this recipe.*{words}"):
+        with pytest.raises(SystemExit, match=f"(?s)a different history than this recipe.*{words}"):
             run(FORK, *options, f"--fork_from={finished / 'step_00000010'}", *plan)
     assert not (tmp_path / "out").exists()
 
@@ -687,7 +687,7 @@ def test_the_plan_has_the_papers_hours(tmp_path, monkeypatch, capsys):
     (["--tokens_per_second=-1"], "tokens_per_second must be at least 0 and below inf, got -1"),
     (["--fork_from=out/x/step_00000011"], "step_00000011 is not at the end of a stage.*00000010"),
     (["--vocab_size=9"], "vocab_size 9 is below that of the data, 320"),
-    (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1")])
+    (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01 .learning_rate., got 0.1")])
 def test_a_plan_refuses_what_training_would(options, words, world, monkeypatch):
     """A plan of something impossible sends people to rent GPUs."""
     monkeypatch.chdir(world)
@@ -709,7 +709,7 @@ def stage(**changes):
       "--warmup_steps=1"], "prose has .* tokens, less than one window"),
     (["--vocab_size=319"], "vocab_size 319 is below that of the data, 320"),
     (["--context=24"], "batch of 64.*sequences of 24"), (["--n_head=3"], "d_model 32"),
-    (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01, got 0.1"),
+    (["--min_lr=0.1"], "min_lr must be at least 0 and below 0.01 .learning_rate., got 0.1"),
     (["--beta2=1"], "beta2"), (["--keep=-1"], "keep"),
     (["--stages=[1]", "--data=prose"], "stage 1"),
     (["--seed=-1"], "seed"), (["--learning_rate=nan"], "learning_rate"),
@@ -725,10 +725,10 @@ def stage(**changes):
     ([stage(mixture={"prose": 1, "code": -0.5})], r"'code': -0.5.*none negative"),
     ([stage(mixture={"prose": 0, "code": 0})], "not all zero"),
     ([stage(mixture={"rpose": 1})], "no folder data/rpose"),
-    ([stage(mixture={"../prose": 1})], "'../prose' is no plain name"),
+    ([stage(mixture={"../prose": 1})], "'../prose' is not a plain folder name"),
     ([stage(ramp=64)], "ramp of 64 tokens.*the first stage has none"),
     ([FORK.replace('0.9}}', '0.9}, "ramp": 1296}')], "ramp of 1296 tokens.*stage, 1280"),
-    (["--min_lr=0.01"], "min_lr must be at least 0 and below 0.01, got 0.01")])
+    (["--min_lr=0.01"], "min_lr must be at least 0 and below 0.01 .learning_rate., got 0.01")])
 def test_bad_recipes_are_refused(options, words, run, tmp_path):
     """Found after an hour of allocation and loading, a typo is expensive."""
     with pytest.raises((SystemExit, InputError), match=f"(?s){words}") as error:
@@ -758,7 +758,7 @@ def test_a_source_without_validation_trains(run, world, tmp_path):
     shutil.rmtree(world / "data/mine", ignore_errors=True)
     write_source(world / "data/mine", ["one long text " * 200], model, 0, "a test")
     printed = run("--data=mine")
-    assert ("mine has no validation part of a whole window" in printed
+    assert ("mine has no validation split of a whole window" in printed
             and "val_loss" not in records(tmp_path / "out")[-1])
 
 
