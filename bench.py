@@ -66,7 +66,7 @@ from device import (
     peak_flops,
 )
 from files import InputError, read_json
-from hf import config_from_hf
+from hf import HF_CONFIG, config_from_hf
 from plan import choose_training_compile, fill_vocab_size
 from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
 from sample import (
@@ -274,7 +274,7 @@ def measure_transformers(cfg, batch, seconds):
     device = find_device()
     dtype, _ = find_dtype(device, cfg.dtype)
     llama = LlamaForCausalLM(LlamaConfig(
-        **{theirs: getattr(cfg, ours) for ours, theirs in model.HF_CONFIG.items()},
+        **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()},
         use_cache=False)).to(device)
     if cfg.activation_checkpointing:
         llama.gradient_checkpointing_enable()

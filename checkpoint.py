@@ -14,10 +14,13 @@ A run continues from its own newest checkpoint. Or it forks: it starts from a ch
 another recipe wrote at the end of a stage, if the two have the same lineage up to there. That is
 everything that weights and moments depend on.
 """
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,23 +143,29 @@ def lock_run(run):
     """Keeps other runs out of out_dir while this one writes there, and removes what a killed save
     left. The kernel releases the lock however a process ends. A folder in which nothing was written
     is removed again."""
-    is_new, lock = not run.out_dir.exists(), FileLock(run.out_dir / "lock")
+    is_new, path = not run.out_dir.exists(), run.out_dir / "lock"
+    lock = FileLock(path)
 
     def acquire():
         run.out_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=5)                    # a killed predecessor may still be dying
         except Timeout:
-            sys.exit(f"another run is writing {run.out_dir}: stop it, or take another --out_dir")
-        for partial in run.out_dir.glob("step_*.tmp"):
-            shutil.rmtree(partial)
+            sys.exit(f"another run is writing {run.out_dir}: {path.read_text()}; stop it, or take "
+                     "another --out_dir")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        for partial in run.out_dir.glob("*.tmp"):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
 
     broadcast_from_rank0(run.world, acquire)
     try:
         yield
     finally:
         if lock.is_locked:
-            (run.out_dir / "lock").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             lock.release()
             if is_new and not any(run.out_dir.iterdir()):
                 run.out_dir.rmdir()
@@ -223,8 +232,9 @@ def lineage(recipe, sources, step):
 def check_lineage(state, cfg, sources, step, what, fix):
     """Exits where a checkpoint's state and a recipe differ in their lineage up to `step`."""
     ours, defaults = cfg.learned(), type(cfg)().learned()
+    options = vars(cfg).keys() - ours.keys()
     # a key that is newer than the checkpoint had its default value then
-    theirs = defaults | {key: state["recipe"][key] for key in ours.keys() & state["recipe"].keys()}
+    theirs = defaults | {k: v for k, v in state["recipe"].items() if k not in options}
     lines = diff_lines(lineage(theirs, state["sources"], step), lineage(ours, sources, step))
     if lines:
         sys.exit("\n".join([f"{what}:", *lines, fix]))
@@ -245,9 +255,11 @@ def read_fork(path):
     """state.json of a checkpoint to fork from. Exits where it is none, or damaged."""
     if not (path / "training/state.json").exists():
         run = path if checkpoints(path) else path.parent
-        found = ", ".join(map(str, checkpoints(run).values())) or "train up to it first"
-        sys.exit(f"fork_from {path} is no checkpoint: name one at the end of a stage: {found}; "
-                 "for the weights of a model alone: --init_from")
+        found = [str(p) for p in checkpoints(run).values()
+                 if (p / "training/state.json").exists()]
+        sys.exit(f"fork_from {path} is no checkpoint. Name one at the end of a stage, of "
+                 f"{', '.join(found) or 'a run that you train up to it first'}; for the weights "
+                 "of a model only: --init_from")
     try:
         return read_state(path)
     except InputError as error:

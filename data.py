@@ -124,9 +124,9 @@ class TokenWriter:
     def write(self, ids):
         """Appends a sequence of ids. Raises DataError for one outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
-        low, high = ids.min(initial=0), ids.max(initial=0)
-        require(0 <= low <= high < self.header.vocab_size, f"ids {low} to {high} for {self.path}, "
-                f"whose vocabulary ends at {self.header.vocab_size - 1}")
+        wrong = ids[(ids < 0) | (ids >= self.header.vocab_size)]
+        require(not len(wrong), f"ids {wrong[:3].tolist()} for {self.path}, whose vocabulary ends "
+                f"at {self.header.vocab_size - 1}")
         self.write_bytes(ids.astype(self.header.dtype).tobytes())
 
     def write_bytes(self, raw):
@@ -166,6 +166,8 @@ class Source:
             self.check_tokenizer(folder, headers)
 
     def check_tokenizer(self, folder, headers):
+        require((folder / "tokenizer.model").is_file(),
+                f"{folder} has no tokenizer.model: prepare the source again")
         expected = sha256_file(folder / "tokenizer.model")
         for path, header in zip(self.files, headers):
             require(replace(header, tokens=self.header.tokens) == self.header,

@@ -65,9 +65,14 @@ class Decoder:
         """Logits (R, V) after prompts (lists of ids), with n rows per prompt: R = n len(prompts).
         Each prompt runs through the model once, whatever n is."""
         weight, last_states = self.model.embed.weight, []
-        at_once = max(1, PREFILL_TOKENS // max(map(len, prompts)))
-        for start in range(0, len(prompts), at_once):
-            group = prompts[start:start + at_once]
+        start = 0
+        while start < len(prompts):
+            # short prompts run together, padded to the longest of them
+            stop = start + 1
+            while stop < len(prompts) and (stop + 1 - start) * max(
+                    map(len, prompts[start:stop + 1])) <= PREFILL_TOKENS:
+                stop += 1
+            group = prompts[start:stop]
             T = max(map(len, group))
             idx = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in group],
                                device=weight.device)                         # (B, T)
@@ -76,10 +81,11 @@ class Decoder:
             last_states += [x[b, len(prompt) - 1] for b, prompt in enumerate(group)]
             # every row of a prompt gets its keys and values. Those of the padding stay masked,
             # until the row's own tokens overwrite them
-            rows = slice(start * n, (start + len(group)) * n)
+            rows = slice(start * n, stop * n)
             for layer, new_layer in zip(self.cache.layers, new.layers):
                 for cached, tensor in zip(layer, new_layer):
                     cached[rows, :, :T] = tensor.repeat_interleave(n, 0)
+            start = stop
         lengths = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)])
         self.cache.lengths[:len(lengths)] = lengths
         logits = self.model.head(torch.stack(last_states))

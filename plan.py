@@ -164,7 +164,7 @@ def plan(cfg, stages, lr_at):
     present = [name for name in names if (Path(cfg.data_dir) / name).is_dir()]
     sources, _ = open_sources(cfg.data_dir, present, cfg.context)
     cfg = fill_vocab_size(cfg, sources)
-    start = find_planned_start(cfg, ends, sources)
+    cfg, start = find_planned_start(cfg, ends, sources)
     if cfg.init_from and cfg.vocab_size and Path(cfg.init_from).exists():
         checkpoint.check_init(Path(cfg.init_from), cfg, sources)
     with torch.device("meta"):
@@ -193,19 +193,20 @@ def plan(cfg, stages, lr_at):
 
 
 def find_planned_start(cfg, ends, sources):
-    """The step at which the run will begin: that of the checkpoint it forks from, or 0."""
+    """(the config, with the vocabulary of the checkpoint it forks from where there is no data, the
+    step at which the run will begin)"""
     if not cfg.fork_from:
-        return 0
+        return cfg, 0
     path = Path(cfg.fork_from)
     if (path / "training/state.json").exists():
         state = read_json(path / "training/state.json")
         cfg = replace(cfg, vocab_size=cfg.vocab_size or state["recipe"]["vocab_size"])
         checkpoint.check_fork(path, state, cfg, state["sources"]
                               | checkpoint.dataset_fingerprints(sources))
-        return state["step"]
+        return cfg, state["step"]
     for end in ends:
         if path.name == f"step_{end:08d}":
-            return end
+            return cfg, end
     sys.exit(f"fork_from {path} is not at the end of a stage of this recipe: "
              f"these are {', '.join(f'step_{end:08d}' for end in ends)}")
 

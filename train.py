@@ -74,8 +74,8 @@ class RunOptions:
 class TrainConfig(RunOptions, ModelConfig):
     """Everything a recipe may say. The model's shape is inherited, and so are the options."""
     vocab_size: int = 0                    # 0: that of the data
-    stages: list = field(default_factory=list)   # dicts: tokens, batch, mixture {source: share},
-                                                 # ramp; all but the shares in tokens
+    # a stage is a dict; its tokens, batch and ramp are counted in tokens, ramp may be left out
+    stages: list = field(default_factory=list)   # [{tokens, batch, mixture {source: share}, ramp}]
     data: str = ""                         # NAME or NAME:SHARE,... in place of every mixture
     seed: int = 3407                       # of the initial weights and the order of the data
     learning_rate: float = 4e-4            # the highest, reached after the warm-up
@@ -225,7 +225,7 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
         wrapped_model   what to call: the model in what parallelize put around it
     """
     cfg, world, context = run.cfg, run.world, run.cfg.context
-    metadata = checkpoint.run_metadata(run, start)
+    metadata = checkpoint.run_metadata(run, start) if world.rank == 0 else {}
     metrics = Metrics(run, start, model.flops_per_token()) if world.rank == 0 else None
     windows = {name: source.windows for name, source in run.train.items()}
     warmup = cfg.warmup_steps * run.stages[0].batch * context

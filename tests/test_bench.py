@@ -219,6 +219,11 @@ def test_bad_input_of_prepare_is_named(argv, words):
         main(["prepare", *argv])
 
 
+def test_transformers_takes_the_same_shape():
+    """A name that moved to another file would be missed by the slow test below alone."""
+    assert len(bench.measure_transformers(replace(CFG, compile=False), 4, 0.0)) >= 5
+
+
 @pytest.mark.slow
 def test_transformers_is_measured_too(capfd):
     """Both in processes of their own, twice in turns, and the ratio of what was printed."""

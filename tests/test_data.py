@@ -80,6 +80,11 @@ def test_damaged_files_are_refused(tmp_path):
 
     refused(whole[:-2], "truncated")
     refused(whole[:1000], "truncated")
+    path.write_bytes(whole)
+    (tmp_path / "s/tokenizer.model").unlink()
+    with pytest.raises(DataError, match="has no tokenizer.model: prepare the source again"):
+        Source(tmp_path / "s", "train", 8)
+    (tmp_path / "s/tokenizer.model").write_bytes(MODEL)
     refused(b"", "truncated")
     refused(whole + b"xx", "too long")
     refused(b"LITPKDS\0" + whole[8:], "magic")

@@ -179,6 +179,17 @@ def test_prompts_run_together_as_far_as_they_fit(loaded, right, tokens, monkeypa
             text for text in texts for _ in range(n)]
 
 
+def test_a_long_prompt_does_not_separate_the_short_ones(loaded, monkeypatch):
+    """Prompts that run one by one, because another is long, take as many passes as there are."""
+    model, passes = loaded[0], []
+    monkeypatch.setattr("decoder.PREFILL_TOKENS", 24)
+    forward = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda idx, *rest: passes.append(
+        tuple(idx.shape)) or forward(idx, *rest))
+    decoder(model, 9).prefill([[1] * 6] * 4 + [[1] * 30] + [[1] * 6] * 4)
+    assert passes == [(4, 6), (1, 30), (4, 6)]
+
+
 @pytest.mark.parametrize("guesses", [1, 4, 7])
 @pytest.mark.parametrize("who", ["itself", "a stranger", "nearly"])
 def test_a_draft_changes_no_text(loaded, right, who, guesses):

@@ -27,7 +27,7 @@ import plan as planning
 import train
 from checkpoint import checkpoints, warn_numerics_changed
 from data import DataError, parse_stages, sequences, stage_ends, tokens_after
-from files import InputError
+from files import InputError, write_json
 from model import Llama
 from parallel import World, split_batch
 from plan import choose_training_compile, fill_vocab_size, open_sources
@@ -396,6 +396,7 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
         assert process.returncode in (
             (-signal.SIGKILL, 0) if number == signal.SIGKILL else (0,)), process.stderr.read()
     (out / "step_00000099.tmp").mkdir()                     # as a save that was killed leaves it
+    (out / "metrics.jsonl.77.tmp").touch()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')                                               # and a line
     process = start(world, out)
@@ -433,6 +434,21 @@ def test_another_recipe_is_refused(run, finished, tmp_path):
     printed = run("--log_every=3", "--micro_batch=1", "--keep=1")  # these change rounding at most
     assert "micro_batch was [2, 2, 2] before and is [1, 1, 1] now" in printed
     assert records(tmp_path / "out")[-1]["step"] == STEPS
+
+
+def test_checkpoints_of_other_versions_of_the_code(run, finished, tmp_path):
+    """A key that is newer than a checkpoint had its default value then, which must not make it
+    another recipe's; but one that this code does not know may have changed what was learned."""
+    state_json = tmp_path / "out/step_00000032/training/state.json"
+    shutil.copytree(finished / "step_00000032", state_json.parents[1])
+    state = json.loads(state_json.read_text())
+    write_json(state_json, state | {"recipe": state["recipe"] | {"z_loss": 1e-4}})
+    with pytest.raises(SystemExit, match="z_loss: 0.0001 there, None here"):
+        run()
+    for key in "tie_embeddings", "weight_decay", "plan":
+        del state["recipe"][key]
+    write_json(state_json, state)
+    assert "continuing from" in run()
 
 
 def test_damaged_checkpoints_are_named(run, finished, tmp_path):
@@ -572,10 +588,10 @@ def test_only_the_end_of_a_stage_is_a_fork(run, finished, tmp_path):
     state has no moments to go on with."""
     fork = [FORK, "--fork_from"]
     for path, words in ((finished / "step_00000032", "step 32, within a stage.*10, 30, 35"),
-                        (finished, f"is no checkpoint: .* the end of a stage: {finished}/step_"
+                        (finished, f"is no checkpoint. .* the end of a stage, of {finished}/step_"
                                    f"00000010, {finished}/step_00000030"),
-                        (finished / "step_00000012", f"a stage: {finished}/step_00000010"),
-                        (tmp_path / "no", "no is no checkpoint: .* train up to it first")):
+                        (finished / "step_00000012", f"a stage, of {finished}/step_00000010"),
+                        (tmp_path / "no", "no is no checkpoint. .* train up to it first")):
         with pytest.raises(SystemExit, match=words):
             run(*fork[:-1], f"{fork[-1]}={path}")
     broken = shutil.copytree(finished / "step_00000010", tmp_path / "step_00000010")
@@ -658,6 +674,14 @@ def test_the_plan_is_what_a_run_does(finished, world, monkeypatch, capsys):
                   "0.36 GPU-hours, 21.3 minutes on 1, at 2 tokens/s each = 4.57e-07 TFLOP/s, as",
                   "stage 2 comes to its mixture by a ramp of 320 tokens"):
         assert words in printed
+
+
+def test_a_plan_without_data_has_the_vocabulary_of_its_fork(finished, world, tmp_path, capsys):
+    """Where the checkpoint is here and the data are elsewhere, a plan for another vocabulary would
+    be wrong in parameters, FLOPs and hours."""
+    train.main([str(world / "config_tiny.py"), "--plan", f"--data_dir={tmp_path}",
+                f"--fork_from={finished}/step_00000010"])
+    assert "36,000 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("config_*.py")), ids=lambda path: path.stem)
