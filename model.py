@@ -171,9 +171,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
         q, k, v = fused_linear(x, (self.q, self.k, self.v))
-        # the backward pass needs v, and a view would keep the whole fused output alive for it
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H or K, T, D)
-                   for y in (q, k, v.contiguous()))
+        v = v.contiguous()      # kept for the backward pass: a view would keep the fused output
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for y in (q, k, v))                                      # (B, H or K, T, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             for old, new in zip(cache, (k, v)):
@@ -384,6 +384,7 @@ def chunked_attention(q, k, v, chunk=QUERY_CHUNK):
     for start in range(0, T, chunk):
         part = q[:, :, start:start + chunk]                                 # (BK, G, n, D)
         n, num_keys = part.shape[2], start + part.shape[2]
+        # query start + i sees keys 0 to start + i; the same for each head of the group
         mask = torch.full((n, num_keys), -math.inf, dtype=q.dtype, device=q.device).triu(start + 1)
         scores = torch.baddbmm(mask.repeat(G, 1), part.flatten(1, 2), k[:, :num_keys].mT)
         outputs.append((scores.softmax(-1) @ v[:, :num_keys]).unflatten(1, (G, n)))

@@ -379,22 +379,21 @@ def main(argv):
     build = partial(build_decoder, args, tokenizer=tokenizer, rows=at_once * n,
                     size=size + args.guesses + 1,
                     steps=math.ceil(len(prompts) / at_once) * args.max_new_tokens)
-    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    counts = [0, 0]
+    draft = None
     if args.draft:
-        draft = load_draft(args.draft, args.quantize, tokenizer)
-        decoder = build(model, step_tokens=(args.guesses + 1, 1))
-        steps_of = partial(speculate, decoder, build(draft, step_tokens=(1,)), args.guesses,
-                           settings=settings, generator=generator, counts=counts)
-    else:
-        steps_of = partial(generate, build(model, step_tokens=(1,)),
-                           pick=partial(sample_token, **settings, generator=generator))
-
-    steps = []                                  # (when, tokens per row) of each
+        draft = build(load_draft(args.draft, args.quantize, tokenizer), step_tokens=(1,))
+    decoder = build(model, step_tokens=(args.guesses + 1, 1) if draft else (1,))
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    counts, steps = [0, 0], []      # draft tokens (proposed, accepted); (when, tokens per row)
 
     def generate_fn(prompts):
-        for new in steps_of(prompts, n=n, max_new_tokens=args.max_new_tokens,
-                            eos_ids=tokenizer.eos_ids):
+        what = prompts, n, args.max_new_tokens, tokenizer.eos_ids
+        if draft:
+            news = speculate(decoder, draft, args.guesses, *what, settings, generator, counts)
+        else:
+            news = generate(decoder, *what, lambda logits: sample_token(
+                logits, **settings, generator=generator))
+        for new in news:
             steps.append((time.perf_counter(), sum(map(len, new)) / len(new)))
             yield new
 
