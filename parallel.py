@@ -135,7 +135,8 @@ def parallelize(model, world, strategy="none", dtype=torch.float32, compiled=Fal
     """
     # 1. Each block is compiled by itself. All are alike, so they share one graph.
     if compiled:
-        torch._functorch.config.activation_memory_budget = 0.9 if recompute else 1.0
+        from torch._functorch import config as functorch_config  # torch does not load it
+        functorch_config.activation_memory_budget = 0.9 if recompute else 1.0
         torch._dynamo.config.optimize_ddp = False      # it would cut blocks where buckets end
         model.cross_entropy_and_grad = compile_function(model.cross_entropy_and_grad)
     for block in model.blocks:

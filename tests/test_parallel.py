@@ -117,6 +117,17 @@ def test_any_world_equals_one_process(ranks, node, strategy, micro, alone, world
     assert_same_training(tmp_path / "out", alone)
 
 
+def test_a_process_that_compiled_nothing_yet_can_parallelize():
+    """Rank 0 tries the compiler before, and so loads modules that the other ranks have not loaded:
+    all multi-GPU training ended there."""
+    code = ("import torch, parallel; from train import TrainConfig; from model import Llama\n"
+            "with torch.device('meta'): model = Llama(TrainConfig(n_layer=1, vocab_size=9))\n"
+            "parallel.shard_model = lambda *_: exit('as far as this')\n"
+            "parallel.parallelize(model, None, 'fsdp', compiled=True)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stderr.strip() == "as far as this"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_in_any_strategy(strategy, alone, world, tmp_path):
