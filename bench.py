@@ -43,7 +43,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import sentencepiece
 import torch
 import torch._dynamo  # building an optimizer would import it, and count it as memory of a step
 import torch.nn.functional as F
@@ -51,10 +50,10 @@ from tqdm import tqdm
 
 import model
 import parallel
-import prepare
 import train
 from config import load_config
 from data import Source
+from decoder import Decoder
 from device import (
     compile_error,
     device_name,
@@ -65,16 +64,13 @@ from device import (
     memory_used,
     peak_flops,
 )
+from documents import RowFilter, all_texts, documentation, library_modules, list_files
 from files import InputError, read_json
-from hf import HF_CONFIG, config_from_hf
+from hf import HF_CONFIG, config_from_hf, find_model
 from plan import choose_training_compile, fill_vocab_size
 from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
-from sample import (
-    Decoder,
-    find_model,
-    generate,
-)
-from tokenizer import Encoder
+from sample import generate
+from tokenizer import Encoder, load_tokenizer, train_tokenizer
 
 # what is measured where no recipe is given: TinyLlama on a GPU, and what two CPU cores can train
 ON_GPU = ["--vocab_size=32000", "--micro_batch=16"]
@@ -248,7 +244,7 @@ def measure_training(cfg, batch, seconds, disabled=()):
                                             recompute))
     memory_before = memory_used(device)
     wrapped_model = parallel.parallelize(llama, world, "none", dtype, compiled,
-                                      cfg.activation_checkpointing, recompute)
+                                         cfg.activation_checkpointing, recompute)
     parallel.init_weights(llama, cfg.seed)
     optimizer = train.build_optimizer(llama, cfg, fused="fused AdamW" not in disabled)
 
@@ -512,11 +508,10 @@ def measure_encoder(tokenizer, texts, plain):
     is SentencePiece alone."""
     cpu, encoder = torch.device("cpu"), Encoder(tokenizer)
     memory_before = memory_used(cpu)
-    sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
 
     def encode(texts):
         if plain:
-            return [np.array(sp.encode(text), encoder.dtype).tobytes() for text in texts]
+            return [np.array(encoder.sp.encode(text), encoder.dtype).tobytes() for text in texts]
         return [ids for _, ids in encoder.encode(texts)]
 
     encode(texts[::2])
@@ -530,15 +525,15 @@ def read_corpora(args):
     """({name: texts}, tokenizer model) of files, or of what Python brings."""
     if args.files and not args.tokenizer:
         sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
-    choice = prepare.RowFilter(args.text_key)
-    corpora = {path: prepare.all_texts(prepare.list_files([path]), choice)[0]
-               for path in args.files} or {"documentation": prepare.documentation(),
-                                           "modules": list(prepare.library_modules().values())}
+    row_filter = RowFilter(args.text_key)
+    corpora = {path: all_texts(list_files([path]), row_filter)[0]
+               for path in args.files} or {"documentation": documentation(),
+                                           "modules": list(library_modules().values())}
     if args.tokenizer:
-        prepare.load_tokenizer(args.tokenizer)               # exits with a sentence if it is none
+        load_tokenizer(args.tokenizer)               # exits with a sentence if it is none
         return corpora, Path(args.tokenizer).read_bytes()
     print("training the demo's tokenizer")
-    return corpora, prepare.train_tokenizer(sum(corpora.values(), []), 4096)
+    return corpora, train_tokenizer(sum(corpora.values(), []), 4096)
 
 
 def bench_prepare(args):
@@ -622,5 +617,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
-    except (InputError, prepare.Unreadable, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(str(error))

@@ -17,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
 import parallel
-import sample
 import train
+from decoder import Decoder
 from device import compile_error, device_name, find_device, find_dtype
+from quantize import LINEAR_TYPES, freeze_for_inference
+from sample import generate
 
 CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
 
@@ -77,7 +79,7 @@ def training_step(device, dtype, compiled=False, checkpointing=False):
     with torch.device("meta"):
         llama = model.Llama(TRAINING)
     wrapped_model = parallel.parallelize(llama, parallel.World(device), "none", dtype, compiled,
-                                      checkpointing, recompute=checkpointing)
+                                         checkpointing, recompute=checkpointing)
     llama.load_state_dict(training_weights())
     torch.manual_seed(1)
     x, y = (torch.randint(3, 4096, (2, 512)).to(device) for _ in range(2))
@@ -93,10 +95,10 @@ def greedy_text(device, quantize, compile=False):
     torch.manual_seed(0)
     llama = model.Llama(model.ModelConfig(n_layer=2, d_model=512, n_head=8, n_kv_head=2, d_ff=1408,
                                           vocab_size=2048, context=512)).init_weights()
-    llama = sample.freeze_for_inference(llama.to(device), quantize)
-    decoder = sample.Decoder(llama, 2, 200, 2048, compile)
-    steps = sample.generate(decoder, [[5, 6, 7], [9] * 40], 1, 40, set(),
-                            lambda logits: logits.argmax(-1))
+    llama = freeze_for_inference(llama.to(device), quantize)
+    decoder = Decoder(llama, 2, 200, 2048, compile)
+    steps = generate(decoder, [[5, 6, 7], [9] * 40], 1, 40, set(),
+                     lambda logits: logits.argmax(-1))
     return torch.tensor([sum(row, []) for row in zip(*steps)])
 
 
@@ -144,7 +146,7 @@ def main(argv):
     if not error:                                # another graph, in the dtype that runs have here
         report(f"a step in {dtype}, compiled, checkpointed", 3 * limit,
                partial(step_errors, dtype, True, True))
-    for quantize in sample.LINEAR_TYPES:
+    for quantize in LINEAR_TYPES:
         name = f"text, {quantize or 'full'} weights"
         report(name, 0.05, partial(text_errors, device, quantize, False))
         if not error:

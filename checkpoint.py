@@ -24,6 +24,7 @@ import time
 from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 
@@ -318,6 +319,7 @@ def dataset_fingerprints(sources):
             | source.info for name, source in sources.items()}
 
 
+@lru_cache      # printed at the start, recorded in each checkpoint: the code that was loaded
 def git_commit():
     """The commit of this code, with a + where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

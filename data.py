@@ -192,10 +192,10 @@ class Source:
                 self.files[f], self.header.dtype, count=last - first,
                 offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
         ids = np.concatenate(parts).astype(np.int64)
-        require(ids.max() < self.header.vocab_size,
-                f"{self.files[f]}: id {ids.max()} between tokens {start} and {stop}, and the "
-                f"vocabulary ends at {self.header.vocab_size - 1}: the file is damaged, prepare it "
-                "again")
+        if (largest := ids.max()) >= self.header.vocab_size:
+            raise DataError(f"{self.files[f]}: id {largest} between tokens {start} and {stop}, and "
+                            f"the vocabulary ends at {self.header.vocab_size - 1}: the file is "
+                            "damaged, prepare it again")
         return ids
 
 

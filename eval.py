@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import plot
-import prepare
 from data import Source, bits_per_byte
 from device import find_device, find_dtype
+from documents import RowFilter, all_texts, list_files
 from files import InputError, read_json, sha256_file, write_json
+from hf import find_model
 from quantize import LINEAR_TYPES
-from sample import find_model, load_model
+from sample import load_model
 
 # --------------------------------------------------------------------------------------------------
 # Suites: the tables of arXiv 2401.02385 (v1 and v2), and the tasks that they consist of
@@ -238,11 +239,11 @@ def document_windows(ids, bos_id, context):
 
 def read_windows(name, folder, tokenizer, context, args):
     """(windows, the number of bytes they stand for, the number of rows that were lost) of a text:
-    a folder data/NAME, whose validation part is read as in training, or files."""
+    a folder data/NAME, whose validation split is read as in training, or files."""
     if (Path(name) / "source.json").exists():
         source, ours = Source(name, "val", context), folder / "tokenizer.model"
         if not source.windows:
-            raise InputError(f"its validation part is shorter than the context of {context}")
+            raise InputError(f"its validation split is shorter than the context of {context}")
         if source.header.vocab_size != tokenizer.size or (
                 ours.exists() and sha256_file(ours) != source.header.tokenizer_sha256):
             raise InputError(f"it was written with another tokenizer than that of {folder}: "
@@ -251,7 +252,7 @@ def read_windows(name, folder, tokenizer, context, args):
         windows = (source.window(i).tolist() for i in range(n))
         size = n * context * source.info["bytes"] / source.info["tokens"]
         return ((ids[:-1], ids[1:]) for ids in windows), size, 0
-    texts, lost = prepare.all_texts(prepare.list_files([name]), prepare.RowFilter(args.text_key))
+    texts, lost = all_texts(list_files([name]), RowFilter(args.text_key))
     texts = texts[:args.limit]
     windows = (window for text in texts
                for window in document_windows(tokenizer.encode(text), tokenizer.bos_id, context))
@@ -499,7 +500,7 @@ def main(argv):
         folders.setdefault(folder.resolve(), (name if is_hub_name else str(folder), folder))
     for text in args.text:
         if not (Path(text) / "source.json").exists():
-            prepare.list_files([text])
+            list_files([text])
     if len(folders) > 1:
         plot.pyplot()
     manager = find_tasks(tasks, args.include_path) if tasks else None
@@ -522,7 +523,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (InputError, prepare.Unreadable) as error:
+    except InputError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("\nstopped; what was measured is in CHECKPOINT/eval/")

@@ -1,7 +1,7 @@
 """Pictures of runs: python plot.py out/RUN [out/OTHER ...] [--out=FILE.png]
 
 Plots what metrics.jsonl of each run holds over the tokens seen: the loss, bits per byte of each
-source's validation part, the learning rate, the mixture, and the speed. Dotted lines stand between
+source's validation split, the learning rate, the mixture, and the speed. Dotted lines stand between
 stages. A run that forked from another begins where it forked. Needs matplotlib.
 """
 import argparse

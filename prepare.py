@@ -97,16 +97,13 @@ def write_source(out, texts, model, val_fraction, origin):
     """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, which
     replaces what was there once it is whole."""
     out = Path(out)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        info = write_texts(temporary, 0, texts, Encoder(model), val_fraction)
-        write_metadata(temporary, model, info, val_fraction, {"from": origin, "command": sys.argv})
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in out.parent.glob(f"{out.name}.*.tmp"):       # of a process that was killed
+        shutil.rmtree(leftover)
+    with atomic_write(out) as folder:
+        folder.mkdir(parents=True)
+        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
+        write_metadata(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
+        shutil.rmtree(out, ignore_errors=True)                  # the new one takes its place
     print_counts(out, info)
 
 

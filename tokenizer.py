@@ -285,7 +285,6 @@ class Tokenizer:
         self.eos_ids = set(eos) if isinstance(eos, list) else {eos}
         try:
             if (folder / "tokenizer.model").exists():
-                import sentencepiece
                 sp = sentencepiece.SentencePieceProcessor(
                     model_file=str(folder / "tokenizer.model"))
                 self.size, self.encode, self.decode = len(sp), sp.encode, sp.decode

@@ -321,15 +321,15 @@ def read_recipe(argv):
     if not recipes and not cfg.stages:
         sys.exit("usage: python train.py RECIPE.py [--key=value ...] [--plan], e.g. "
                  "python train.py config_demo.py")
-    data.parse_stages(cfg.stages, cfg.context)
+    stages = data.parse_stages(cfg.stages, cfg.context)
     if cfg.data:                           # one's own text with another recipe's stages
         cfg = replace(cfg, data="", stages=[
             {"tokens": stage["tokens"], "batch": stage["batch"], "mixture": parse_mixture(cfg.data)}
             for stage in cfg.stages])
+        stages = data.parse_stages(cfg.stages, cfg.context)
     cfg = replace(cfg, out_dir=cfg.out_dir or f"out/{recipes[-1] if recipes else 'run'}")
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
         sys.exit(f"out_dir {cfg.out_dir} is a file: name a folder, or what is to become one")
-    stages = data.parse_stages(cfg.stages, cfg.context)
     if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
         most = (sum(stage.steps * stage.batch for stage in stages) - 1) // stages[0].batch
         sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does: at most {most}, "

@@ -6,18 +6,12 @@
 # a disk with 20 GB for the tokens. The corpora are streamed: 1.2 TB pass through the network once,
 # though one document in 400 is kept. With a copy on disk, set SLIMPAJAMA and STARCODER to its folder.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-PS4='$ '
-set -x
+. "$(dirname "$0")/environment.sh"
 gpus=$(nvidia-smi -L | wc -l)
 slimpajama=${SLIMPAJAMA:-hf://datasets/cerebras/SlimPajama-627B/train}
 starcoder=${STARCODER:-hf://datasets/bigcode/starcoderdata}
 
 # 1. What is going to happen, before anything does.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    python3 -m venv .venv
-    { set +x; } 2>/dev/null; . .venv/bin/activate; set -x
-fi
 pip install -q ".[data,eval,plot]" huggingface_hub
 python train.py config_120m.py --plan --gpus="$gpus"
 

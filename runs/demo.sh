@@ -5,15 +5,9 @@
 #     bash runs/demo.sh                          or with options for train.py:
 #     bash runs/demo.sh --out_dir=out/mine --learning_rate=1e-3
 set -euo pipefail
-cd "$(dirname "$0")/.."
-PS4='$ '
-set -x
+. "$(dirname "$0")/environment.sh"
 
-# 1. Packages, in .venv, unless an environment is active already.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    python3 -m venv .venv
-    { set +x; } 2>/dev/null; . .venv/bin/activate; set -x
-fi
+# 1. Packages, into .venv, unless another environment is active.
 pip install -q -r requirements.txt
 
 # 2. Text to tokens: the documentation and the modules of this Python become two sources.
