@@ -15,7 +15,6 @@ another recipe wrote at the end of a stage, if the two have the same lineage up 
 everything that weights and moments depend on.
 """
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -35,7 +34,7 @@ from safetensors.torch import save_file
 
 from data import parse_stages, source_names, stage_ends, tokens_after
 from files import InputError, atomic_write, fsync, read_json, sha256_file, write_json
-from hf import config_from_hf, hf_name, safetensors_files
+from hf import checkpoints, hf_name, newest, read_config, safetensors_files
 from model import ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, local_shard
 
@@ -56,7 +55,8 @@ def save(step, model, optimizer, run, metadata):
                 moments[f"{hf_name(name)}.{key}"] = value.cpu()
             elif run.world.rank == 0:
                 weights[name] = value.cpu()
-    state = metadata | {"step": step, "tokens": tokens_after(run.stages, step, run.cfg.context)}
+    state = metadata | {"step": step, "tokens": tokens_after(run.stages, step, run.cfg.context),
+                        "time": time.time()}
     broadcast_from_rank0(run.world, lambda: write_checkpoint(run, model, weights, moments, state))
 
 
@@ -112,17 +112,6 @@ def read_state(path):
         if sha256_file(file) != written["sha256"]:
             raise InputError(f"{file} is damaged: its bytes are not those that were written")
     return state
-
-
-def checkpoints(out_dir):
-    """The checkpoints in out_dir, {step: path}, oldest first."""
-    found = {int(p.name[5:]): p for p in out_dir.glob("step_*")
-             if re.fullmatch(r"step_\d+", p.name)}
-    return dict(sorted(found.items()))
-
-
-def newest(out_dir):
-    return next(reversed(checkpoints(out_dir).values()), None)
 
 
 def checkpoints_to_keep(steps, cfg, ends):
@@ -274,7 +263,7 @@ def check_init(path, cfg, sources):
                 else "A model from the hub has to be downloaded first")
         sys.exit(f"init_from {path} is no folder of a model: it has no config.json. {hint}")
     try:
-        theirs = dict(vars(config_from_hf(read_json(path / "config.json"), ModelConfig)))
+        theirs = dict(vars(read_config(path, ModelConfig)))
     except InputError as error:
         sys.exit(f"init_from {path}: {error}")
     del theirs["context"]                                          # no weight depends on it

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from device import compile_function
+from hf import ModelError
 from model import KVCache, Llama
 
 PREFILL_TOKENS = 512         # short prompts run together, as long as they have no more tokens
@@ -59,7 +60,7 @@ class Decoder:
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         self.cache.is_empty = False                          # prefill fills it from other caches
         self.is_async = weight.device.type == "cuda"         # a GPU works while the host goes on
-        self.graphs = {}
+        self.graphs, self.largest_logit = {}, torch.zeros((), device=weight.device)
 
     def prefill(self, prompts, n=1):
         """Logits (R, V) after prompts (lists of ids), with n rows per prompt: R = n len(prompts).
@@ -88,8 +89,10 @@ class Decoder:
             start = stop
         lengths = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)])
         self.cache.lengths[:len(lengths)] = lengths
-        logits = self.model.head(torch.stack(last_states))
-        return logits[:, :self.vocabulary].float().repeat_interleave(n, 0)
+        logits = self.model.head(torch.stack(last_states))[:, :self.vocabulary].float()
+        self.largest_logit = logits.amax()
+        self.require_finite()
+        return logits.repeat_interleave(n, 0)
 
     def decode(self, ids):
         """Logits (R, T, V) after each of ids (R, T), which continue the rows. Use them before the
@@ -102,7 +105,17 @@ class Decoder:
             graph, graph_ids, logits = self.graphs[ids.shape]
             graph_ids.copy_(ids)
             graph.replay()
-        return logits[..., :self.vocabulary].float()
+        logits = logits[..., :self.vocabulary].float()
+        self.largest_logit = self.largest_logit.maximum(logits.amax())      # NaN is the largest
+        return logits
+
+    def require_finite(self):
+        """Raises ModelError if a logit since the prefill was NaN or infinite: what was sampled then
+        means nothing. To be called at the end, as it waits for the device."""
+        if not self.largest_logit.isfinite():
+            raise ModelError("logits are not finite: the weights hold NaN or infinite numbers, or "
+                             "are too large to compute with in this precision; --dtype=float32 "
+                             "helps against the latter")
 
     @torch.inference_mode()
     def warmup(self, T):

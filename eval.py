@@ -14,6 +14,7 @@ import argparse
 import difflib
 import gc
 import logging
+import math
 import os
 import sys
 import time
@@ -96,6 +97,12 @@ V1_SCORES = {
     2e12: (54.63, 33.40, 56.83, 28.07, 54.67, 63.21, 70.67),
     2.5e12: (58.96, 34.40, 58.72, 31.91, 56.78, 63.21, 73.07),
     3e12: (59.20, 36.00, 59.12, 30.12, 55.25, 57.83, 73.29)}
+
+
+def require_finite(number):
+    if not math.isfinite(number):
+        raise InputError(f"what the model computes is not finite, {number}: its weights hold NaN "
+                         "or infinite numbers, or are too large for this precision")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,6 +208,9 @@ def find_score(results, metric=None):
 def run_task(lm, name, metric, shots, manager, args):
     """What the harness finds for a task, a dict, and the scores to show, {task: score}."""
     import lm_eval
+    # from NaN the harness would choose an answer
+    with torch.inference_mode():
+        require_finite(lm.model(torch.zeros(1, 1, dtype=torch.long, device=lm.device)).logits.sum())
     lm.cut, start = 0, time.perf_counter()
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
     os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process
@@ -287,6 +297,7 @@ def evaluate_text(model, tokenizer, name, folder, args):
         for i in range(0, len(group), args.batch):
             nats += total_cross_entropy(model, group[i:i + args.batch])
         tokens += sum(len(targets) for _, targets in group)
+    require_finite(nats)
     bits = bits_per_byte(nats, size)
     return {"bits_per_byte": bits, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
             "lost_rows": lost, "seconds": time.perf_counter() - start

@@ -2,7 +2,7 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
 
@@ -38,6 +38,17 @@ def fsync(path):
         os.close(handle)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def explain(path, error):
+    """Why a file cannot be used: Git LFS left a pointer in its place, or what the error says."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "it is a Git LFS pointer, not the file: git lfs pull"
+    return str(error)
+
+
 def read_json(path):
     """The object in a JSON file, as a dict. Raises InputError where it is missing or damaged."""
     path = Path(path)
@@ -47,16 +58,22 @@ def read_json(path):
         raise InputError(f"{path.parent} has no {path.name}" if path.parent.is_dir()
                          else f"there is no folder {path.parent}") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error})") from None
+        raise InputError(f"{path} cannot be read ({explain(path, error)})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} cannot be read (it holds a {type(found).__name__}, "
                          "not an object)")
     return found
 
 
+def to_json(value, indent=None):
+    """JSON of a value. NaN and infinity, which JSON does not have, become null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(value, indent=indent)
+
+
 def write_json(path, value):
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        temporary.write_text(to_json(value, indent=2) + "\n", "utf-8")
 
 
 def sha256_file(path):

@@ -4,17 +4,20 @@ A checkpoint of ours is such a folder, which `transformers`, vLLM and llama.cpp'
 And any Llama folder of theirs is a model of ours. The two use other names for the same things. Both
 use half-split RoPE, so no weight is permuted.
 """
-import glob
+import difflib
 import math
 import os
+import re
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import InputError, atomic_write, read_json, write_json
+from files import InputError, atomic_write, explain, read_json, write_json
 
 
 class ModelError(InputError):
@@ -53,7 +56,7 @@ def config_from_hf(hf, config_class):
     # where a config.json is silent, `transformers` assumes these values
     hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
           "max_position_embeddings": 2048, "rope_theta": 10_000.0, "tie_word_embeddings": False,
-          "model_type": None, "rope_type": rope.get("type", "default")} | rope | hf
+          "model_type": None, "rope_type": rope.get("type", "default")} | hf | rope
     only = HF_FIXED | {"rope_type": "default", "partial_rotary_factor": 1.0,
                        "quantization_config": None}
     refused = [f"{key} = {hf[key]!r} (only {value!r})" for key, value in only.items()
@@ -72,18 +75,46 @@ def config_from_hf(hf, config_class):
 
 
 def safetensors_files(folder):
-    """The files that hold a folder's weights: those its index names, or the only one."""
-    names, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index} has no weight_map")
-        names = set(weight_map.values())
+    """The files that hold a folder's weights: the whole one, which `transformers` takes before an
+    index, else those that the index names, or shards that have none."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).exists():
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise ModelError(f"{index} has no weight_map")
+            names = set(names.values())
+        else:
+            names = {path.name for path in folder.glob("model-*-of-*.safetensors")} or names
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
     if absent:
         raise ModelError(f"{folder} has no {', '.join(absent)} "
                          "(of weights, only safetensors files are read)")
     return [folder / name for name in sorted(names)]
+
+
+@contextmanager
+def open_weights(path):
+    """A safetensors file, opened. Raises ModelError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read, it is truncated or no safetensors file "
+                         f"({explain(path, error)})") from None
+
+
+def read_config(folder, config_class):
+    """The `config_class` of a model folder. Where it says that embedding and head are tied, and
+    the files hold two different matrices, they are not, as in `transformers`."""
+    config, found = config_from_hf(read_json(folder / "config.json"), config_class), []
+    if config.tie_embeddings:
+        for path in safetensors_files(folder):
+            with open_weights(path) as file:
+                found += [file.get_tensor(name) for name in file.keys()          # noqa: SIM118
+                          if name in ("model.embed_tokens.weight", "lm_head.weight")]
+    differ = len(found) == 2 and not torch.equal(*found)
+    return replace(config, tie_embeddings=config.tie_embeddings and not differ)
 
 
 class HuggingFaceFolder:
@@ -112,7 +143,7 @@ class HuggingFaceFolder:
     def from_pretrained(cls, folder, device=None, dtype=torch.float32):
         """The model of a Hugging Face Llama folder (safetensors, one file or several), its weights
         in `dtype`. Raises InputError for a folder that lacks something or is of another model."""
-        config = config_from_hf(read_json(Path(folder) / "config.json"), cls.config_class)
+        config = read_config(Path(folder), cls.config_class)
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype).to_empty(device=device or "cpu")
@@ -128,39 +159,63 @@ class HuggingFaceFolder:
             parameters["lm_head.weight"] = self.embed.weight
         filled, unknown = set(), []
         for path in safetensors_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():                     # noqa: SIM118 (it is no dict)
-                        if name in parameters:
-                            p, tensor = parameters[name], file.get_slice(name)
-                            if tuple(tensor.get_shape()) != p.shape:
-                                raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
-                                                 f"but config.json makes it {tuple(p.shape)}")
-                            local, rows = part(p)
-                            local.copy_(tensor[rows])
-                            filled.add(id(p))
-                        elif not name.endswith("rotary_emb.inv_freq"):      # computed, not learned
-                            unknown.append(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read, "
-                                 f"it is truncated or no safetensors file ({error})") from None
+            with open_weights(path) as file:
+                for name in file.keys():                         # noqa: SIM118 (it is no dict)
+                    if name in parameters:
+                        p, tensor = parameters[name], file.get_slice(name)
+                        if tuple(tensor.get_shape()) != p.shape:
+                            raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
+                                             f"but config.json makes it {tuple(p.shape)}")
+                        local, rows = part(p)
+                        local.copy_(tensor[rows])
+                        filled.add(id(p))
+                    elif not name.endswith("rotary_emb.inv_freq"):          # computed, not learned
+                        unknown.append(name)
         missing = [name for name, p in parameters.items() if id(p) not in filled]
         if missing or unknown:
             raise ModelError(f"{folder} does not hold the model of its config.json: "
                              f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
+# --------------------------------------------------------------------------------------------------
+# Where a model may be found
+
+def checkpoints(run):
+    """The checkpoints in the folder of a run, {step: path}, oldest first."""
+    found = {int(p.name[5:]): p for p in Path(run).glob("step_*")
+             if re.fullmatch(r"step_\d+", p.name)}
+    return dict(sorted(found.items()))
+
+
+def newest(run):
+    return next(reversed(checkpoints(run).values()), None)
+
+
+def saved_at(checkpoint):
+    """When a checkpoint was saved, to compare it with others: by its state.json, as copying changes
+    the time of a file. Those in which it was not recorded yet come first."""
+    state = checkpoint / "training/state.json"
+    return read_json(state).get("time", 0), os.path.getmtime(state)
+
+
 def find_model(name):
     """The folder of a checkpoint: `name` is a folder, the folder of a run (its newest checkpoint),
-    or a hub name; None means the newest checkpoint under out/."""
-    found = glob.glob(f"{glob.escape(name) if name else 'out/*'}/step_*[0-9]/training/state.json")
-    if found:
-        return Path(max(found, key=os.path.getmtime)).parent.parent
+    or a hub name; None means the newest checkpoint under out/. Exits where there is none."""
     if name is None:
-        sys.exit("there is no checkpoint under out/: "
-                 "train one with python train.py config_demo.py, or name a folder")
-    if os.path.isdir(name) or name.count("/") != 1:
-        return Path(name)           # if it does not exist, reading its config.json says so
+        found = [path for run in sorted(Path("out").glob("*"))
+                 if (path := newest(run)) and (path / "training/state.json").exists()]
+        if not found:
+            sys.exit("there is no checkpoint under out/: "
+                     "train one with python train.py config_demo.py, or name a folder")
+        return max(found, key=saved_at)
+    folder = Path(name)
+    if folder.is_dir():
+        return folder if (folder / "config.json").exists() else newest(folder) or folder
+    # OWNER/NAME is of the hub, unless it begins as a path here does
+    if not re.fullmatch(r"\w[^/]*/[^/]+", name) or folder.parent.name == "out" \
+            or folder.parent.is_dir():
+        near = difflib.get_close_matches(name, map(str, folder.parent.glob("*")), 3)
+        sys.exit(f"there is no folder {name}" + (f"; nearest: {', '.join(near)}" if near else ""))
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(

@@ -4,7 +4,7 @@ from collections import Counter
 from contextlib import suppress
 
 from device import device_name, peak_flops
-from files import atomic_write
+from files import atomic_write, to_json
 
 
 class Metrics:
@@ -39,7 +39,7 @@ class Metrics:
                        "memory": memory, "mixture": {name: count / self.sequences.total()
                                                      for name, count in self.sequences.items()}}
             self.tokens, self.seconds, self.sequences = 0, 0, Counter()
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(to_json(record) + "\n")
         self.file.flush()
         self.last = record
 

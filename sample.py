@@ -43,17 +43,10 @@ from tokenizer import Tokenizer
 
 def load_model(folder, quantize=None, dtype=None):
     """The model of a folder, frozen for inference, and its tokenizer. It is on the accelerator if
-    there is one, in bf16 where the hardware supports it, else in fp32."""
+    there is one, by default in bf16 where the hardware supports it, else in fp32."""
     device = find_device()
     model = Llama.from_pretrained(folder, device, dtype or find_dtype(device)[0])
-    tokenizer = Tokenizer(folder)
-    if tokenizer.size > model.config.vocab_size:
-        sys.exit(f"the tokenizer of {folder} has {tokenizer.size} tokens and its model "
-                 f"{model.config.vocab_size}: they do not belong together")
-    if not isinstance(tokenizer.bos_id, int) or not 0 <= tokenizer.bos_id < tokenizer.size:
-        sys.exit(f"config.json of {folder} has bos_token_id {tokenizer.bos_id}: a text begins with "
-                 f"it, so it must be one of the {tokenizer.size} tokens")
-    return freeze_for_inference(model, quantize), tokenizer
+    return freeze_for_inference(model, quantize), Tokenizer(folder)
 
 
 def stored_bytes(model):
@@ -256,6 +249,8 @@ def parse_args(argv):
     add("--draft", metavar="CHECKPOINT", help="a smaller model, whose draft this one verifies")
     add("--guesses", type=int, default=4, help="tokens of the draft per step")
     add("--batch", type=int, default=16, help="texts of --prompts to generate at the same time")
+    add("--dtype", choices=["float32", "bfloat16"], default="auto",
+        help="to compute in; default: bfloat16 where the hardware has it")
     add("--compile", choices=["True", "False"], help="default: where it pays off")
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompts is not None:
@@ -274,10 +269,10 @@ def parse_args(argv):
 
 
 def encode_prompt(text, tokenizer, context):
-    """The ids of a prompt, from BOS on. Raises InputError if it is not UTF-8 or too long."""
+    """The ids of a prompt. Raises InputError if it is not UTF-8 or too long."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"the prompt is not UTF-8: {text!r:.80}")
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    ids = tokenizer.encode_prompt(text)
     if len(ids) >= context:
         raise InputError(f"the prompt has {len(ids)} tokens, and the context of this model "
                          f"{context}: shorten it")
@@ -349,10 +344,10 @@ def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens):
     return decoder
 
 
-def load_draft(name, quantize, tokenizer):
+def load_draft(name, quantize, dtype, tokenizer):
     folder = find_model(name)
-    draft, other = load_model(folder, quantize)
-    if other.vocabulary() != tokenizer.vocabulary() or other.bos_id != tokenizer.bos_id:
+    draft, other = load_model(folder, quantize, dtype)
+    if other.vocabulary() != tokenizer.vocabulary():
         sys.exit(f"the draft {folder} has another tokenizer ({other.size} tokens) than this model "
                  f"({tokenizer.size}): it cannot draft its tokens")
     return draft
@@ -361,7 +356,8 @@ def load_draft(name, quantize, tokenizer):
 def main(argv):
     args = parse_args(argv)
     folder = find_model(args.checkpoint)
-    model, tokenizer = load_model(folder, args.quantize)
+    dtype, _ = find_dtype(find_device(), args.dtype)
+    model, tokenizer = load_model(folder, args.quantize, dtype)
     context, n = model.config.context, args.num_samples
     if args.prompts is None:
         prompt = args.prompt or ""
@@ -369,9 +365,9 @@ def main(argv):
     else:
         prompts, skipped = read_prompts(args.prompts, tokenizer, context)
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
-    dtype = args.quantize or str(model.embed.weight.dtype).removeprefix("torch.")
+    kind = args.quantize or str(dtype).removeprefix("torch.")
     print(f"{folder}: {count_parameters(model):,} parameters in "
-          f"{stored_bytes(model) / 1e6:,.1f} MB, {dtype}, {generator.device}", file=sys.stderr)
+          f"{stored_bytes(model) / 1e6:,.1f} MB, {kind}, {generator.device}", file=sys.stderr)
 
     # the caches have room for the longest text, and for a step of draft tokens beyond its end
     at_once = min(len(prompts), max(1, args.batch // n))
@@ -381,7 +377,7 @@ def main(argv):
                     steps=math.ceil(len(prompts) / at_once) * args.max_new_tokens)
     draft = None
     if args.draft:
-        draft = build(load_draft(args.draft, args.quantize, tokenizer), step_tokens=(1,))
+        draft = build(load_draft(args.draft, args.quantize, dtype, tokenizer), step_tokens=(1,))
     decoder = build(model, step_tokens=(args.guesses + 1, 1) if draft else (1,))
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     counts, steps = [0, 0], []      # draft tokens (proposed, accepted); (when, tokens per row)
@@ -396,6 +392,7 @@ def main(argv):
         for new in news:
             steps.append((time.perf_counter(), sum(map(len, new)) / len(new)))
             yield new
+        decoder.require_finite()
 
     start = time.perf_counter()
     rows = (print_stream(generate_fn, *prompts[0], n, tokenizer) if args.prompts is None

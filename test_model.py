@@ -185,6 +185,9 @@ def test_both_spellings_of_rope(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(
         hf | {"rope_parameters": {"rope_theta": 321.0, "rope_type": "default"}}))
     assert Llama.from_pretrained(tmp_path).config.rope_theta == 321.0
+    (tmp_path / "config.json").write_text(json.dumps(          # given twice: the newer spelling
+        hf | {"rope_theta": 9.0, "rope_parameters": {"rope_theta": 321.0}}))
+    assert Llama.from_pretrained(tmp_path).config.rope_theta == 321.0
 
 
 @pytest.mark.parametrize("change, word", [
@@ -218,10 +221,17 @@ def test_damaged_folders_are_named(tmp_path):
         Llama.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
-    for part in (whole[:len(whole) // 2], whole[:4], b""):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 73492013\n"
+    for part, word in ((whole[:len(whole) // 2], ""), (whole[:4], ""), (b"", ""),
+                       (pointer, ".*git lfs pull")):
         (tmp_path / "model.safetensors").write_bytes(part)
-        with pytest.raises(ModelError, match="model.safetensors"):
+        with pytest.raises(ModelError, match="model.safetensors" + word):
             Llama.from_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(pointer)
+    with pytest.raises(InputError, match="config.json.*git lfs pull"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="only safetensors"):

@@ -12,16 +12,18 @@ documents of each shard are encoded by both.
 import io
 import json
 import os
+import re
 import sys
 from functools import lru_cache
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from data import Header
-from files import atomic_write, read_json, write_json
+from files import InputError, atomic_write, explain, read_json, write_json
 
 try:
     from gigatoken import Tokenizer as GigaTokenizer
@@ -268,40 +270,178 @@ class Encoder:
 
 
 # --------------------------------------------------------------------------------------------------
-# The tokenizer of a model
+# The tokenizer of a model folder
+
+class SentencePieceBackend:
+    """tokenizer.model, and the tokens `added` to it later: {text: (id, whether it is special)}."""
+
+    def __init__(self, path, added, space_after_token):
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        spec, n = parse_model(self.sp.serialized_model_proto()), len(self.sp)
+        spec.normalizer_spec.add_dummy_prefix = False                # no space in front of a text
+        inner = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+        self.encode, self.encode_chunk = self.sp.encode, inner.encode
+        if space_after_token:
+            self.encode_chunk = self.sp.encode
+        self.ids = {self.sp.id_to_piece(i): i for i in range(n)
+                    if self.sp.is_control(i) or self.sp.is_unknown(i)}
+        self.ids |= {text: i for text, (i, _) in added.items()}
+        self.texts = {i: text for text, i in self.ids.items()}
+        # an added token decodes as nothing, or as the tokens that spell it
+        self.spelled = {i: [] if special else inner.encode(text)
+                        for text, (i, special) in added.items() if i >= n}
+        self.bos, self.eos = (self.texts.get(i) for i in (self.sp.bos_id(), self.sp.eos_id()))
+        self.count = max(n - 1, *self.texts) + 1
+
+    def encode_prompt(self, text):
+        tokens = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True)))
+        first, *rest = re.split(f"({tokens})", text)         # chunk, token, chunk, token, chunk ...
+        ids = self.encode(first)
+        for token, chunk in zip(rest[::2], rest[1::2]):
+            ids += [self.ids[token], *self.encode_chunk(chunk)]
+        return ids
+
+    def decode(self, ids):
+        return self.sp.decode([part for i in ids for part in self.spelled.get(i, [i])])
+
+    def id(self, text):
+        return self.ids.get(text)
+
+    def token(self, i):
+        return self.sp.id_to_piece(i) if i < len(self.sp) else self.texts.get(i)
+
+
+class TokenizersBackend:
+    """tokenizer.json, as the package tokenizers reads it."""
+    bos, eos = "<s>", "</s>"
+
+    def __init__(self, path):
+        import tokenizers
+        self.fast = tokenizers.Tokenizer.from_file(str(path))
+        self.decode, self.id = self.fast.decode, self.fast.token_to_id
+        self.token, self.count = self.fast.id_to_token, max(self.fast.get_vocab().values()) + 1
+
+    def encode(self, text, special_is_text=True):
+        self.fast.encode_special_tokens = special_is_text
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text):
+        return self.encode(text, special_is_text=False)
+
+
+def open_backend(folder, contents, added, space_after_token):
+    """The backend for a folder, with `contents` of its tokenizer.json ({} if there is none).
+    SentencePiece defines the ids; but where tokenizer.json has tokens beyond tokenizer.model, or
+    that cannot be read, it knows better. Exits if there is neither."""
+    backend, reasons = None, []
+    try:
+        backend = SentencePieceBackend(folder / "tokenizer.model", added, space_after_token)
+    except (RuntimeError, OSError) as error:
+        reasons.append(explain(folder / "tokenizer.model", error))
+    known = len(backend.sp) if backend else 0
+    if not known or any(token["id"] >= known for token in contents.get("added_tokens", [])):
+        try:
+            return TokenizersBackend(folder / "tokenizer.json")
+        except ImportError:
+            reasons.append("its tokenizer.json needs pip install tokenizers")
+        except Exception as error:                     # the package raises bare ones
+            reasons.append(explain(folder / "tokenizer.json", error))
+    if backend is None:
+        sys.exit(f"{folder} has no tokenizer that can be read ({'; '.join(reasons)}): "
+                 "put its tokenizer.model or tokenizer.json there")
+    return backend
+
+
+def template_prefix(contents):
+    """The ids that the template in the `contents` of a tokenizer.json puts in front of a text."""
+    processor = contents.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":
+            names = [item["SpecialToken"]["id"] for item in
+                     takewhile(lambda item: "SpecialToken" in item, part["single"])]
+            return [i for name in names for i in part["special_tokens"][name]["ids"]]
+    return []
+
 
 class Tokenizer:
-    """The tokenizer of a model folder: `encode` and `decode`, without special tokens; `size`;
-    `bos_id`, with which a text begins, and `eos_ids`, which end it. It is read from tokenizer.model
-    by sentencepiece, or else from tokenizer.json by tokenizers."""
+    """The tokenizer of a model folder. It finds the ids that `transformers` finds.
+
+        encode(text)           the ids of a document, in which a literal "</s>" is text
+        encode_prompt(text)    those of a prompt, in which it is one id; with BOS, where the
+                               tokenizer adds it
+        decode(ids)            the text, without special tokens
+        size                   the ids below may be drawn: both tokenizer and model have them, and
+                               either may be padded to a round number
+        bos_id, eos_ids        with which a document begins; which end it
+
+    Raises InputError for damaged files, and for ids that the model does not have.
+    """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        hf = read_json(folder / "config.json")
-        if (folder / "generation_config.json").exists():
-            hf |= read_json(folder / "generation_config.json")
-        eos = hf.get("eos_token_id", 2)
-        self.bos_id = hf.get("bos_token_id", 1)
-        self.eos_ids = set(eos) if isinstance(eos, list) else {eos}
+        self.folder, files = Path(folder), {}
+        for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config",
+                     "added_tokens", "tokenizer"):
+            path = self.folder / f"{name}.json"
+            try:
+                files[name] = read_json(path) if path.exists() or name == "config" else {}
+            except InputError:
+                if name != "tokenizer":           # without it, tokenizer.model may be enough
+                    raise
+                files[name] = {}
         try:
-            if (folder / "tokenizer.model").exists():
-                sp = sentencepiece.SentencePieceProcessor(
-                    model_file=str(folder / "tokenizer.model"))
-                self.size, self.encode, self.decode = len(sp), sp.encode, sp.decode
-                self.token = sp.id_to_piece
-            elif (folder / "tokenizer.json").exists():
-                import tokenizers
-                fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-                self.size, self.decode = fast.get_vocab_size(), fast.decode
-                self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
-                self.token = fast.id_to_token
-            else:
-                sys.exit(f"{folder} has no tokenizer: "
-                         "put its tokenizer.model (or tokenizer.json) there")
-        except ImportError as error:
-            sys.exit(f"{folder} has a tokenizer.json only: pip install {error.name}")
-        except Exception as error:      # both libraries raise bare ones for a damaged file
-            sys.exit(f"the tokenizer of {folder} cannot be read: {error}")
+            self.setup(**files)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the tokenizer's files in {folder} are damaged: {error!r}") from None
+
+    def setup(self, config, generation_config, special_tokens_map, tokenizer_config, added_tokens,
+              tokenizer):
+        """Finds out all that the JSON files of these names say."""
+        def text(token):                          # given as it is, or as an object with flags
+            return token.get("content") if isinstance(token, dict) else token
+
+        def stated(key):                          # a null says nothing
+            return next((found[key] for found in (generation_config, config)
+                         if found.get(key) is not None), None)
+
+        settings = special_tokens_map | tokenizer_config
+        flagged = [*tokenizer_config.get("added_tokens_decoder", {}).items(),
+                   *((token["id"], token) for token in tokenizer.get("added_tokens", []))]
+        special = {text(token) for key, value in settings.items() if "token" in key
+                   for token in (value if isinstance(value, list) else [value])}
+        added = {name: (i, name in special) for name, i in added_tokens.items()}
+        added |= {token["content"]: (int(i), token["special"]) for i, token in flagged}
+        self.backend = open_backend(self.folder, tokenizer, added,
+                                    settings.get("legacy") is not False)
+        self.decode, self.token = self.backend.decode, self.backend.token
+        self.rows = config.get("vocab_size", self.backend.count)
+        self.size = min(self.backend.count, self.rows)
+
+        bos, eos = (self.backend.id(text(settings.get(key)) or default) for key, default in (
+            ("bos_token", self.backend.bos), ("eos_token", self.backend.eos)))
+        ends = eos if stated("eos_token_id") is None else stated("eos_token_id")
+        self.eos_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self.prefix = template_prefix(tokenizer)
+        if not tokenizer and bos is not None and settings.get("add_bos_token") is not False:
+            self.prefix = [bos]
+        starts = [*self.prefix, bos, stated("bos_token_id"), *self.eos_ids]
+        self.bos_id = next((i for i in starts if i is not None), None)
+        if not all(isinstance(i, int) and 0 <= i < self.size for i in (self.bos_id, *self.eos_ids)):
+            raise InputError(f"a text of {self.folder} begins with id {self.bos_id} and ends with "
+                             f"{sorted(self.eos_ids)}, but only ids below {self.size} are there: "
+                             "correct eos_token_id and bos_token_id in its JSON files")
+
+    def encode(self, text):
+        return self.check(self.backend.encode(text))
+
+    def encode_prompt(self, text):
+        # with nothing to begin with, a model would have nothing to predict from
+        return self.check([*self.prefix, *self.backend.encode_prompt(text)] or [self.bos_id])
+
+    def check(self, ids):
+        if ids and max(ids) >= self.rows:
+            raise InputError(f"{self.token(max(ids))!r} is token {max(ids)}, and the model in "
+                             f"{self.folder} knows only {self.rows}")
+        return ids
 
     def vocabulary(self):
         return [self.token(i) for i in range(self.size)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import parallel
@@ -329,6 +330,19 @@ def test_a_task_that_breaks_is_left_out(run, folder, tmp_path):
     code, out, err = run(folder, "--tasks=late,long,fine", include=tmp_path)
     assert code == 3 and "fine, acc" in out and "late" not in out and "late is left out: " in err
     assert "must be less than model's maximum sequence length (256)" in err
+
+
+def test_a_model_of_nan_has_no_scores(run, folder, tmp_path):
+    """The harness chose an answer by NaN and called it accuracy; a text's loss became NaN, which is
+    no JSON."""
+    shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "x.txt").write_text("a text")
+    code, out, err = run(tmp_path / "m", "--tasks=piqa", f"--text={tmp_path / 'x.txt'}")
+    assert code == 3 and err.count("is not finite") == 2 and "nan |" not in out
+    assert not (tmp_path / "m/eval").exists()
 
 
 def test_a_whole_suite_has_an_average(tasks, run, folder, tmp_path):

@@ -1,5 +1,6 @@
 """files.py: what is written is whole or absent."""
 import json
+import math
 
 import pytest
 
@@ -34,4 +35,6 @@ def test_json_and_checksum_survive_the_way_to_disk(tmp_path):
     """Text in another encoding than UTF-8 would change names of sources on Windows."""
     write_json(tmp_path / "x.json", {"naïve": [1, 2.5, None]})
     assert json.loads((tmp_path / "x.json").read_bytes().decode()) == {"naïve": [1, 2.5, None]}
+    write_json(tmp_path / "x.json", {"score": [1, math.nan, -math.inf]})     # neither is JSON
+    assert read_json(tmp_path / "x.json") == {"score": [1, None, None]}
     assert sha256_file(tmp_path / "x.json") != sha256_file(__file__)

@@ -1,6 +1,7 @@
 """Proofs of sample.py: the same text by every way, the right distribution, and nothing but text on
 standard output."""
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_prepare import AWKWARD, TEXT
 
 import device
 import sample
 from files import InputError
+from hf import newest
 from model import Llama, ModelConfig
 from prepare import train_tokenizer, write_tokenizer
 from quantize import freeze_for_inference
@@ -441,16 +444,32 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no checkpoint under out/"):
         find_model(None)
-    for age, name in enumerate(["a/step_00000009", "b/step_00000003", "a/step_00000002"]):
+    for age, name in enumerate([
+            "a/step_00000009", "b/step_00000003", "a/step_00000002",
+            "c/step_00000099.tmp", "c/step_00000010-old.2", "b/step_00000003 (copy 4)"]):
         state = tmp_path / "out" / name / "training/state.json"
         state.parent.mkdir(parents=True)
-        state.write_text("{}")
-        os.utime(state, (1000 - age, 1000 - age))
-    assert find_model(None) == Path("out/a/step_00000009")
-    (tmp_path / "out/c/step_00000099.tmp/training").mkdir(parents=True)     # a save cut short
-    (tmp_path / "out/c/step_00000099.tmp/training/state.json").write_text("{}")
+        state.write_text(json.dumps({"time": 1000 - age}))
+        os.utime(state, (1000 + age, 1000 + age))                   # as a copy leaves them
     assert find_model(None) == Path("out/a/step_00000009")
     assert find_model("out/b") == Path("out/b/step_00000003")       # the folder of a run is enough
+    for run in "ab":                                # before "time" was recorded, clocks must do
+        (tmp_path / f"out/{run}/{newest(f'out/{run}').name}/training/state.json").write_text("{}")
+    os.utime("out/b/step_00000003/training/state.json", (5000, 5000))
+    os.utime("out/a/step_00000009/training/state.json", (4000, 4000))
+    assert find_model(None) == Path("out/b/step_00000003")
+
+
+@pytest.mark.parametrize("name", ["out/dmeo", "./demo", "a/b/c", "runs/dmeo/", "/x/y", "dmeo"])
+def test_a_mistyped_path_is_no_name_of_the_hub(name, tmp_path, monkeypatch):
+    """What begins as a path here ended with advice about the internet."""
+    monkeypatch.chdir(tmp_path)
+    for run in "out/demo", "runs/demo":
+        Path(run).mkdir(parents=True)
+    with pytest.raises(SystemExit) as found:
+        find_model(name)
+    assert f"there is no folder {name}" in str(found.value) and "hub" not in str(found.value)
+    assert ("nearest: " in str(found.value)) == (Path(name).name == "dmeo" and "/" in name)
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -554,17 +573,38 @@ def test_bad_folders_are_refused(run, folder, tmp_path):
 
     refused("no tokenizer", lambda m: [(m / "tokenizer.model").unlink(),
                                        (m / "tokenizer.json").unlink()])
-    refused("tokenizer of", lambda m: (m / "tokenizer.model").write_bytes(b"x"))
-    refused("bos_token_id None", lambda m: (m / "generation_config.json").write_text(
-        '{"bos_token_id": null}'))
+    refused("no tokenizer", lambda m: [(m / "tokenizer.model").write_bytes(b"x"),
+                                       (m / "tokenizer.json").write_bytes(b"x")])
+    refused("ends with [320], but only ids below 320", lambda m: (
+        m / "generation_config.json").write_text('{"eos_token_id": 320}'))
+    refused("files in", lambda m: (m / "added_tokens.json").write_text('{"<x>": "y"}'))
     refused("generation_config.json", lambda m: (m / "generation_config.json").write_text("3"))
     refused("model.safetensors", lambda m: (m / "model.safetensors").write_bytes(
         (m / "model.safetensors").read_bytes()[:-9]))
-    refused("do not belong together", lambda m: Llama(ModelConfig(
-        n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=9,
-        context=8)).init_weights().save_pretrained(m))
+    shutil.copytree(folder, tmp_path / "m")                # fewer rows than the tokenizer has ids
+    Llama(ModelConfig(n_layer=1, d_model=8, n_head=1, n_kv_head=1, d_ff=8, vocab_size=9,
+                      context=8)).init_weights().save_pretrained(tmp_path / "m")
+    assert run(tmp_path / "m", "--temperature=9").returncode == 0
+    done = run(tmp_path / "m", "--prompt=Two")
+    assert done.returncode == 1 and "knows only 9" in done.stderr and not done.stdout
     done = start(tmp_path / "nowhere")
     assert done.returncode == 1 and "no folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_weights_that_are_not_finite_are_said(run, folder, tmp_path):
+    """From NaN the first token was chosen again and again, and the exit status was 0."""
+    shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = math.nan
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    done = run(tmp_path / "m", "--prompt=Two")
+    assert done.returncode == 1 and "logits are not finite" in done.stderr
+    at_a_later_step = decoder(load_model(folder, dtype=torch.float32)[0])
+    at_a_later_step.prefill([[1]])
+    at_a_later_step.cache.layers[0][0][:, :, 0] = math.inf
+    at_a_later_step.decode(torch.tensor([[5]]))
+    with pytest.raises(InputError, match="not finite"):
+        at_a_later_step.require_finite()
 
 
 def test_a_closed_pipe_is_no_error(folder, tmp_path):
