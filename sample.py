@@ -347,7 +347,7 @@ def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens):
 def load_draft(name, quantize, dtype, tokenizer):
     folder = find_model(name)
     draft, other = load_model(folder, quantize, dtype)
-    if other.vocabulary() != tokenizer.vocabulary():
+    if (other.vocab, other.size) != (tokenizer.vocab, tokenizer.size):
         sys.exit(f"the draft {folder} has another tokenizer ({other.size} tokens) than this model "
                  f"({tokenizer.size}): it cannot draft its tokens")
     return draft

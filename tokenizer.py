@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
 from itertools import takewhile
@@ -272,84 +273,132 @@ class Encoder:
 # --------------------------------------------------------------------------------------------------
 # The tokenizer of a model folder
 
-class SentencePieceBackend:
-    """tokenizer.model, and the tokens `added` to it later: {text: (id, whether it is special)}."""
+class Tokenizer:
+    """The tokenizer of a model folder. It finds the ids that `transformers` finds.
 
-    def __init__(self, path, added, space_after_token):
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        spec, n = parse_model(self.sp.serialized_model_proto()), len(self.sp)
-        spec.normalizer_spec.add_dummy_prefix = False                # no space in front of a text
-        inner = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-        self.encode, self.encode_chunk = self.sp.encode, inner.encode
-        if space_after_token:
-            self.encode_chunk = self.sp.encode
-        self.ids = {self.sp.id_to_piece(i): i for i in range(n)
-                    if self.sp.is_control(i) or self.sp.is_unknown(i)}
-        self.ids |= {text: i for text, (i, _) in added.items()}
-        self.texts = {i: text for text, i in self.ids.items()}
-        # an added token decodes as nothing, or as the tokens that spell it
-        self.spelled = {i: [] if special else inner.encode(text)
-                        for text, (i, special) in added.items() if i >= n}
-        self.bos, self.eos = (self.texts.get(i) for i in (self.sp.bos_id(), self.sp.eos_id()))
-        self.count = max(n - 1, *self.texts) + 1
+        encode(text)           the ids of a document, in which a literal "</s>" is text
+        encode_prompt(text)    those of a prompt, in which it is one id; with BOS, where the
+                               tokenizer adds it
+        decode(ids)            the text, without special tokens
+        size                   the ids below may be drawn: tokenizer and model both have them, and
+                               either may be padded to a round number
+        bos_id, eos_ids        with which a document begins; which end it
+
+    SentencePiece defines the ids. But where tokenizer.json has tokens beyond tokenizer.model, or
+    that cannot be read, the package tokenizers reads it. Raises InputError for damaged files, and
+    for ids that the model does not have.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.load()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the tokenizer's files in {folder} are damaged: {error!r}") from None
+
+    def load(self):
+        config, generation, names, settings, more = (self.read(name) for name in (
+            "config", "generation_config", "special_tokens_map", "tokenizer_config",
+            "added_tokens"))
+        settings, contents = names | settings, {}
+        with suppress(InputError):               # without it, tokenizer.model may be enough
+            contents = self.read("tokenizer")
+
+        def text(token):                         # given as it is, or as an object with flags
+            return token.get("content") if isinstance(token, dict) else token
+
+        def stated(key):                         # a null says nothing
+            return next((found[key] for found in (generation, config)
+                         if found.get(key) is not None), None)
+
+        # tokens that were added to those of tokenizer.model: {text: (id, whether it is special)}
+        special = {text(token) for key, value in settings.items() if "token" in key
+                   for token in (value if isinstance(value, list) else [value])}
+        added = {token: (i, token in special) for token, i in more.items()}
+        added |= {token["content"]: (int(i), token["special"]) for i, token in (
+            *settings.get("added_tokens_decoder", {}).items(),
+            *((token["id"], token) for token in contents.get("added_tokens", [])))}
+        self.open_libraries(added, contents)
+        self.rows = config.get("vocab_size", max(self.vocab.values()) + 1)
+        self.size = min(max(self.vocab.values()) + 1, self.rows)
+
+        bos, eos = (self.vocab.get(text(settings.get(key)) or usual)
+                    for key, usual in (("bos_token", "<s>"), ("eos_token", "</s>")))
+        bos = stated("bos_token_id") if bos is None else bos
+        eos = eos if stated("eos_token_id") is None else stated("eos_token_id")
+        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+        self.prefix = template_prefix(contents)
+        if not contents and bos is not None and settings.get("add_bos_token") is not False:
+            self.prefix = [bos]
+        self.bos_id = next((i for i in (*self.prefix, bos, *self.eos_ids) if i is not None), None)
+        if not all(isinstance(i, int) and 0 <= i < self.size for i in (self.bos_id, *self.eos_ids)):
+            raise InputError(f"a text of {self.folder} begins with id {self.bos_id} and ends with "
+                             f"{sorted(self.eos_ids)}, but only ids below {self.size} are there: "
+                             "correct eos_token_id and bos_token_id in its JSON files")
+
+    def read(self, name):
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.exists() or name == "config" else {}
+
+    def open_libraries(self, added, contents):
+        """Opens tokenizer.model, or tokenizer.json where it knows better. Exits if it can't."""
+        self.sp, self.fast, reasons = None, None, []
+        try:
+            path = self.folder / "tokenizer.model"
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            n = len(self.sp)
+            self.vocab = {self.sp.id_to_piece(i): i for i in range(n)}
+            # a prompt is cut at these; decoded, they are nothing, or the tokens that spell them
+            self.cuts = {token: i for token, (i, _) in added.items()} | {
+                token: i for token, i in self.vocab.items()
+                if self.sp.is_control(i) or self.sp.is_unknown(i)}
+            self.spelled = {i: [] if special else self.sp.encode(token)
+                            for token, (i, special) in added.items() if i >= n}
+            self.vocab |= self.cuts
+        except (RuntimeError, OSError) as error:
+            reasons.append(explain(path, error))
+        if not self.sp or any(token["id"] >= n for token in contents.get("added_tokens", [])):
+            try:
+                import tokenizers
+                path = self.folder / "tokenizer.json"
+                self.fast = tokenizers.Tokenizer.from_file(str(path))
+                self.vocab = self.fast.get_vocab()
+            except ImportError:
+                reasons.append("for its tokenizer.json: pip install tokenizers")
+            except Exception as error:                     # the package raises bare ones
+                reasons.append(explain(path, error))
+        if not self.sp and not self.fast:
+            sys.exit(f"{self.folder} has no tokenizer that can be read ({'; '.join(reasons)}): "
+                     "put its tokenizer.model or tokenizer.json there")
+
+    def encode(self, text):
+        if not self.fast:
+            return self.check(self.sp.encode(text))
+        self.fast.encode_special_tokens = True             # as the text that they are
+        return self.check(self.fast.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text):
-        tokens = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True)))
-        first, *rest = re.split(f"({tokens})", text)         # chunk, token, chunk, token, chunk ...
-        ids = self.encode(first)
-        for token, chunk in zip(rest[::2], rest[1::2]):
-            ids += [self.ids[token], *self.encode_chunk(chunk)]
+        if self.fast:
+            self.fast.encode_special_tokens = False
+            ids = self.fast.encode(text, add_special_tokens=False).ids
+        else:
+            known = "|".join(map(re.escape, sorted(self.cuts, key=len, reverse=True)))
+            ids = sum(([self.cuts[chunk]] if chunk in self.cuts else self.sp.encode(chunk)
+                       for chunk in re.split(f"({known})", text)), [])
+        # with nothing at all, there would be nothing to predict from
+        return self.check([*self.prefix, *ids] or [self.bos_id])
+
+    def check(self, ids):
+        if ids and max(ids) >= self.rows:
+            token = next(token for token, i in self.vocab.items() if i == max(ids))
+            raise InputError(f"{token!r} is token {max(ids)}, and the model in {self.folder} knows "
+                             f"only {self.rows}")
         return ids
 
     def decode(self, ids):
+        if self.fast:
+            return self.fast.decode(ids)
         return self.sp.decode([part for i in ids for part in self.spelled.get(i, [i])])
-
-    def id(self, text):
-        return self.ids.get(text)
-
-    def token(self, i):
-        return self.sp.id_to_piece(i) if i < len(self.sp) else self.texts.get(i)
-
-
-class TokenizersBackend:
-    """tokenizer.json, as the package tokenizers reads it."""
-    bos, eos = "<s>", "</s>"
-
-    def __init__(self, path):
-        import tokenizers
-        self.fast = tokenizers.Tokenizer.from_file(str(path))
-        self.decode, self.id = self.fast.decode, self.fast.token_to_id
-        self.token, self.count = self.fast.id_to_token, max(self.fast.get_vocab().values()) + 1
-
-    def encode(self, text, special_is_text=True):
-        self.fast.encode_special_tokens = special_is_text
-        return self.fast.encode(text, add_special_tokens=False).ids
-
-    def encode_prompt(self, text):
-        return self.encode(text, special_is_text=False)
-
-
-def open_backend(folder, contents, added, space_after_token):
-    """The backend for a folder, with `contents` of its tokenizer.json ({} if there is none).
-    SentencePiece defines the ids; but where tokenizer.json has tokens beyond tokenizer.model, or
-    that cannot be read, it knows better. Exits if there is neither."""
-    backend, reasons = None, []
-    try:
-        backend = SentencePieceBackend(folder / "tokenizer.model", added, space_after_token)
-    except (RuntimeError, OSError) as error:
-        reasons.append(explain(folder / "tokenizer.model", error))
-    known = len(backend.sp) if backend else 0
-    if not known or any(token["id"] >= known for token in contents.get("added_tokens", [])):
-        try:
-            return TokenizersBackend(folder / "tokenizer.json")
-        except ImportError:
-            reasons.append("its tokenizer.json needs pip install tokenizers")
-        except Exception as error:                     # the package raises bare ones
-            reasons.append(explain(folder / "tokenizer.json", error))
-    if backend is None:
-        sys.exit(f"{folder} has no tokenizer that can be read ({'; '.join(reasons)}): "
-                 "put its tokenizer.model or tokenizer.json there")
-    return backend
 
 
 def template_prefix(contents):
@@ -361,87 +410,3 @@ def template_prefix(contents):
                      takewhile(lambda item: "SpecialToken" in item, part["single"])]
             return [i for name in names for i in part["special_tokens"][name]["ids"]]
     return []
-
-
-class Tokenizer:
-    """The tokenizer of a model folder. It finds the ids that `transformers` finds.
-
-        encode(text)           the ids of a document, in which a literal "</s>" is text
-        encode_prompt(text)    those of a prompt, in which it is one id; with BOS, where the
-                               tokenizer adds it
-        decode(ids)            the text, without special tokens
-        size                   the ids below may be drawn: both tokenizer and model have them, and
-                               either may be padded to a round number
-        bos_id, eos_ids        with which a document begins; which end it
-
-    Raises InputError for damaged files, and for ids that the model does not have.
-    """
-
-    def __init__(self, folder):
-        self.folder, files = Path(folder), {}
-        for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config",
-                     "added_tokens", "tokenizer"):
-            path = self.folder / f"{name}.json"
-            try:
-                files[name] = read_json(path) if path.exists() or name == "config" else {}
-            except InputError:
-                if name != "tokenizer":           # without it, tokenizer.model may be enough
-                    raise
-                files[name] = {}
-        try:
-            self.setup(**files)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the tokenizer's files in {folder} are damaged: {error!r}") from None
-
-    def setup(self, config, generation_config, special_tokens_map, tokenizer_config, added_tokens,
-              tokenizer):
-        """Finds out all that the JSON files of these names say."""
-        def text(token):                          # given as it is, or as an object with flags
-            return token.get("content") if isinstance(token, dict) else token
-
-        def stated(key):                          # a null says nothing
-            return next((found[key] for found in (generation_config, config)
-                         if found.get(key) is not None), None)
-
-        settings = special_tokens_map | tokenizer_config
-        flagged = [*tokenizer_config.get("added_tokens_decoder", {}).items(),
-                   *((token["id"], token) for token in tokenizer.get("added_tokens", []))]
-        special = {text(token) for key, value in settings.items() if "token" in key
-                   for token in (value if isinstance(value, list) else [value])}
-        added = {name: (i, name in special) for name, i in added_tokens.items()}
-        added |= {token["content"]: (int(i), token["special"]) for i, token in flagged}
-        self.backend = open_backend(self.folder, tokenizer, added,
-                                    settings.get("legacy") is not False)
-        self.decode, self.token = self.backend.decode, self.backend.token
-        self.rows = config.get("vocab_size", self.backend.count)
-        self.size = min(self.backend.count, self.rows)
-
-        bos, eos = (self.backend.id(text(settings.get(key)) or default) for key, default in (
-            ("bos_token", self.backend.bos), ("eos_token", self.backend.eos)))
-        ends = eos if stated("eos_token_id") is None else stated("eos_token_id")
-        self.eos_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
-        self.prefix = template_prefix(tokenizer)
-        if not tokenizer and bos is not None and settings.get("add_bos_token") is not False:
-            self.prefix = [bos]
-        starts = [*self.prefix, bos, stated("bos_token_id"), *self.eos_ids]
-        self.bos_id = next((i for i in starts if i is not None), None)
-        if not all(isinstance(i, int) and 0 <= i < self.size for i in (self.bos_id, *self.eos_ids)):
-            raise InputError(f"a text of {self.folder} begins with id {self.bos_id} and ends with "
-                             f"{sorted(self.eos_ids)}, but only ids below {self.size} are there: "
-                             "correct eos_token_id and bos_token_id in its JSON files")
-
-    def encode(self, text):
-        return self.check(self.backend.encode(text))
-
-    def encode_prompt(self, text):
-        # with nothing to begin with, a model would have nothing to predict from
-        return self.check([*self.prefix, *self.backend.encode_prompt(text)] or [self.bos_id])
-
-    def check(self, ids):
-        if ids and max(ids) >= self.rows:
-            raise InputError(f"{self.token(max(ids))!r} is token {max(ids)}, and the model in "
-                             f"{self.folder} knows only {self.rows}")
-        return ids
-
-    def vocabulary(self):
-        return [self.token(i) for i in range(self.size)]

@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from transformers.utils import logging
 
 from files import InputError
 from prepare import train_tokenizer, write_tokenizer
-from sample import Decoder, generate, load_model
+from sample import Decoder, Tokenizer, generate, load_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 CHAT = ["<|im_start|>", "<|im_end|>", "[PAD]"]
 PROMPTS = ["Two roads", "<|im_start|>user\nTwo roads<|im_end|>\n<|im_start|>", "a</s>b <s> c",
-           "é中\n"]
+           "é中\n<unk>"]
 WEIGHTS = "model.safetensors"
 
 
@@ -27,6 +28,12 @@ def edit(path, change):
     value = json.loads(path.read_text()) if path.exists() else {}
     change(value)
     path.write_text(json.dumps(value))
+
+
+def add_to_json(contents):
+    contents["added_tokens"] += [
+        {"id": 320 + i, "content": text, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False, "special": True} for i, text in enumerate(CHAT)]
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +83,6 @@ def make_folder(folder, seed, tokenizer_folder):
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
     # the tokenizer
-    def add_to_json(contents):
-        contents["added_tokens"] += [
-            {"id": 320 + i, "content": text, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False, "special": True} for i, text in enumerate(CHAT)]
-
     if choices["added"] == "in tokenizer.json":
         if choices["files"] == "model":
             choices["files"] = "both"
@@ -115,6 +117,26 @@ def make_folder(folder, seed, tokenizer_folder):
         bos_token_id=None if choices["bos"] == "null" else 1,
         eos_token_id=eos if choices["ends"] == "config" else 2))
     return choices
+
+
+def test_added_tokens_need_no_package(tokenizer_folder, tmp_path, monkeypatch):
+    """Where tokenizers is not installed, or there is only tokenizer.model, an added token was spelt
+    in pieces. In a document it is text all the same: nobody's text may end it."""
+    shutil.copytree(tokenizer_folder, tmp_path / "m")
+    LlamaConfig(vocab_size=323).save_pretrained(tmp_path / "m")
+    edit(tmp_path / "m/tokenizer.json", add_to_json)
+    prompt, document = PROMPTS[1], "a</s>b"
+    with_package = Tokenizer(tmp_path / "m")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    without = Tokenizer(tmp_path / "m")
+    assert with_package.fast and not without.fast
+    ids = without.encode_prompt(prompt)
+    assert ids == with_package.encode_prompt(prompt) and ids.count(320) == 2
+    assert without.decode(ids) == with_package.decode(ids)
+    assert 2 not in without.encode(document) == with_package.encode(document)
+    (tmp_path / "m/tokenizer.model").unlink()
+    with pytest.raises(SystemExit, match="pip install tokenizers"):
+        Tokenizer(tmp_path / "m")
 
 
 def split_weights(folder, choices):
@@ -157,7 +179,8 @@ def test_forty_folders_against_transformers(seed, tokenizer_folder, tmp_path):
         with torch.inference_mode():
             idx = torch.tensor([ids])
             torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=1e-4, atol=1e-4)
-        expected = theirs.generate(idx, do_sample=False, max_new_tokens=20, pad_token_id=0)
+        expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
+                                   max_new_tokens=20, pad_token_id=0)
         decoder = Decoder(ours, 1, 128, tokenizer.size)
         found = sum((new[0] for new in generate(decoder, [ids], 1, 20, tokenizer.eos_ids,
                                                 lambda logits: logits.argmax(-1))), [])
