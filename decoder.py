@@ -112,7 +112,7 @@ class Decoder:
     def require_finite(self):
         """Raises ModelError if a logit since the prefill was NaN or infinite: what was sampled then
         means nothing. To be called at the end, as it waits for the device."""
-        if not self.largest_logit.isfinite():
+        if not math.isfinite(self.largest_logit):
             raise ModelError("logits are not finite: the weights hold NaN or infinite numbers, or "
                              "are too large to compute with in this precision; --dtype=float32 "
                              "helps against the latter")

@@ -107,6 +107,13 @@ def parse_model(model):
     return ModelProto.FromString(model)
 
 
+def open_sentencepiece(model):
+    """Two processors of a SentencePiece model (bytes). The second puts no space before a text."""
+    sp, spec = sentencepiece.SentencePieceProcessor(model_proto=model), parse_model(model)
+    spec.normalizer_spec.add_dummy_prefix = False
+    return sp, sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+
+
 def llama_style(model):
     """Whether tokenizer.json can express a SentencePiece model (bytes): BPE with byte fallback that
     changes nothing but spaces to U+2581, with one put in front, and whose merges have an order."""
@@ -223,7 +230,7 @@ class Encoder:
         if not isinstance(model, bytes):
             load_tokenizer(model)                       # exits if it is none
             model = Path(model).read_bytes()
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.sp, self.inner = open_sentencepiece(model)
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
         contents, tokens = export(model), map(self.sp.id_to_piece, range(len(self.sp)))
@@ -257,15 +264,15 @@ class Encoder:
 
     def encode_by_sentencepiece(self, text):
         """SentencePiece's ids of a text. Where newlines merge with nothing, a long text is encoded
-        in parts that begin with one, and the space that is put in front of each is left out."""
+        in parts that begin with one."""
         if self.newline_merges or len(text) <= PART_CHARS:
             return self.sp.encode(text)
-        space, parts, start = len(self.sp.encode("\n")) - 1, [], 0
+        parts, start = [], 0
         while start < len(text):
             stop = text.find("\n", start + PART_CHARS)
             stop = stop if stop > 0 else len(text)
-            ids = self.sp.encode(text[start:stop])
-            parts.append(np.array(ids[space:] if start else ids, self.dtype))
+            encode = (self.inner if start else self.sp).encode
+            parts.append(np.array(encode(text[start:stop]), self.dtype))
             start = stop
         return np.concatenate(parts)
 
@@ -318,7 +325,8 @@ class Tokenizer:
         added |= {token["content"]: (int(i), token["special"]) for i, token in (
             *settings.get("added_tokens_decoder", {}).items(),
             *((token["id"], token) for token in contents.get("added_tokens", [])))}
-        self.open_libraries(added, contents)
+        # after an added token older models see a space, as at the beginning of a text
+        self.open_libraries(added, contents, settings.get("legacy") is False and not contents)
         self.rows = config.get("vocab_size", max(self.vocab.values()) + 1)
         self.size = min(max(self.vocab.values()) + 1, self.rows)
 
@@ -340,19 +348,20 @@ class Tokenizer:
         path = self.folder / f"{name}.json"
         return read_json(path) if path.exists() or name == "config" else {}
 
-    def open_libraries(self, added, contents):
+    def open_libraries(self, added, contents, chunks_go_on):
         """Opens tokenizer.model, or tokenizer.json where it knows better. Exits if it can't."""
         self.sp, self.fast, reasons = None, None, []
         try:
             path = self.folder / "tokenizer.model"
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.sp, inner = open_sentencepiece(path.read_bytes())
+            self.encode_chunk = (inner if chunks_go_on else self.sp).encode
             n = len(self.sp)
             self.vocab = {self.sp.id_to_piece(i): i for i in range(n)}
             # a prompt is cut at these; decoded, they are nothing, or the tokens that spell them
             self.cuts = {token: i for token, (i, _) in added.items()} | {
                 token: i for token, i in self.vocab.items()
                 if self.sp.is_control(i) or self.sp.is_unknown(i)}
-            self.spelled = {i: [] if special else self.sp.encode(token)
+            self.spelled = {i: [] if special else inner.encode(token)
                             for token, (i, special) in added.items() if i >= n}
             self.vocab |= self.cuts
         except (RuntimeError, OSError) as error:
@@ -383,8 +392,10 @@ class Tokenizer:
             ids = self.fast.encode(text, add_special_tokens=False).ids
         else:
             known = "|".join(map(re.escape, sorted(self.cuts, key=len, reverse=True)))
-            ids = sum(([self.cuts[chunk]] if chunk in self.cuts else self.sp.encode(chunk)
-                       for chunk in re.split(f"({known})", text)), [])
+            first, *rest = re.split(f"({known})", text)     # chunk, token, chunk, token, chunk ...
+            ids = self.sp.encode(first)
+            for token, chunk in zip(rest[::2], rest[1::2]):
+                ids += [self.cuts[token], *self.encode_chunk(chunk)]
         # with nothing at all, there would be nothing to predict from
         return self.check([*self.prefix, *ids] or [self.bos_id])
 

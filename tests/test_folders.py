@@ -55,7 +55,8 @@ def make_folder(folder, seed, tokenizer_folder):
         "ends": chance.choice(["config", "generation", "list", "null"]),
         "weights": chance.choice(["whole", "sharded", "no index", "stale index", "buffers"]),
         "tied": chance.choice(["", "", "embedding", "head", "differs"]),
-        "rows": chance.choice([320, 352, 310]), "dtype": chance.choice(["float32", "bfloat16"])}
+        "rows": chance.choice([320, 352, 310]), "dtype": chance.choice(["float32", "bfloat16"]),
+        "legacy": chance.choice([None, True, False])}
     if choices["files"] in ("json", "damaged model") and choices["added"]:
         choices["added"] = "in tokenizer.json"     # transformers gives others ids of its own choice
     known = 323 if choices["added"] else 320
@@ -102,6 +103,8 @@ def make_folder(folder, seed, tokenizer_folder):
         edit(folder / "tokenizer_config.json", lambda t: t.update(add_bos_token=False))
     if choices["files"] == "model":
         (folder / "tokenizer.json").unlink()
+        if choices["legacy"] is not None:
+            edit(folder / "tokenizer_config.json", lambda t: t.update(legacy=choices["legacy"]))
     if choices["files"] == "json":
         (folder / "tokenizer.model").unlink()
     if choices["files"] == "damaged model":
