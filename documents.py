@@ -8,6 +8,7 @@ another time it may be read.
 """
 import ast
 import contextlib
+import glob
 import gzip
 import importlib
 import inspect
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +46,8 @@ except ImportError:
 FORMAT = re.compile(r"\.(txt|jsonl?|parquet(?=$))(\.gz|\.zst)?$", re.IGNORECASE)
 FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
            "per row), each but .parquet also as .gz or .zst")
-DESCRIPTION = re.compile(r"(^|/)dataset_infos?\.json$")       # lies beside many data sets: no text
+# lies beside documents or a model, and holds no text
+DESCRIPTION = re.compile(r"(dataset_infos?|source|state|tokenizer|.*(config|_map|\.index))\.json$")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -64,20 +67,20 @@ def list_files(paths, out=None):
     """The Files that a list of paths, folders and patterns names, in this order, those of a folder
     or a pattern sorted by path; none in the folder `out`. Exits if a path names nothing that can be
     read, or if a file is named twice."""
-    files, out = {}, os.path.join(os.path.abspath(out), "") if out else None
+    files, out = {}, os.path.abspath(out) if out else None
     for path in paths:
         try:
             fs, inner = fsspec.core.url_to_fs(path)
-            sizes = find_files(fs, inner)
+            sizes = find_files(fs, inner, out)
         except (ImportError, ValueError, OSError) as error:
-            sys.exit(f"{path} cannot be opened: {error}")
-        found = sorted(file for file in sizes if not (out and file.startswith(out)))
-        if not found:
+            reason = error.__cause__ or error if str(error) in path else error
+            sys.exit(f"{path} cannot be opened: {reason}")
+        if not sizes:
             sys.exit(f"there is no file {path}, or none in it that can be read: only {FORMATS}")
         name = fs.unstrip_protocol
         if isinstance(fs, LocalFileSystem):
             name = str if os.path.isabs(path) else os.path.relpath
-        for file in found:
+        for file in sizes:
             # bytes of a name that are not UTF-8 are written as \xNN
             text = name(file).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             new = File(fs, file, text, sizes[file])
@@ -93,31 +96,50 @@ def list_files(paths, out=None):
     return list(files.values())
 
 
-def find_files(fs, path):
+def find_files(fs, path, out):
     """{path: size} of the files of a known format that a path, folder or pattern names, at any
-    depth. Links are followed; names that begin with a dot below the path are skipped. Raises
-    OSError for a folder that may not be read, and for what stands for a file that is not there."""
-    local, is_folder = isinstance(fs, LocalFileSystem), fs.isdir(path)
-    todo = {path: fs.info(path)} if is_folder or fs.isfile(path) else fs.glob(path, detail=True)
-    fixed = len(path if path in todo else re.match(r"[^*?[]*", path)[0].rpartition("/")[0])
-    found, seen = {}, set()
+    depth, sorted, but none in `out`. Links are followed, and what exists is no pattern. Below
+    `path` names that begin with a dot are skipped, and others with a message. Raises OSError for a
+    folder that may not be read, and for what stands for a file that is not there."""
+    local, folder = isinstance(fs, LocalFileSystem), path
+    while glob.has_magic(folder) and not fs.exists(folder):
+        folder = os.path.dirname(folder)
+    below = path[len(folder):].strip("/").split("/") if folder != path else []
+    if local and not os.path.exists(folder):
+        return {}
+    # websites call a folder a file
+    info = {"type": "directory"} if below and fs.isdir(folder) else fs.info(folder)
+    todo, sizes, others, seen = [(folder, info, below)], {}, [], set()
     while todo:
-        name, info = todo.popitem()
-        if "/." in name[fixed:] or DESCRIPTION.search(name):
-            continue
+        name, info, parts = todo.pop()
         if info["type"] == "directory" or local and os.path.isdir(name):
-            if (real := os.path.realpath(name)) not in seen:              # links may go in circles
-                seen.add(real)
-                # find() lists a remote folder in one request, but passes over what may not be read
-                todo |= ({entry["name"]: entry for entry in fs.ls(name, detail=True)} if local
-                         else fs.find(name, detail=True))
-        elif FORMAT.search(name):
-            if local and not os.path.isfile(name):
-                raise FileNotFoundError(f"{name} is a link to a file that is not there, or no file")
-            if local and info["size"] < 1024 and Path(name).read_bytes().startswith(LFS_POINTER):
-                raise FileNotFoundError(f"{name} is a Git LFS pointer, not the file: git lfs pull")
-            found[name] = info["size"] or 0
-    return found
+            here = os.path.realpath(name), *parts
+            if here in seen or name == out:                 # links may go in circles
+                continue
+            seen.add(here)
+            part, *rest = parts or ["**"]
+            entries = {Path(entry["name"]).name: entry for entry in fs.ls(name, detail=True)}
+            if part == "**":
+                todo.append((name, info, rest))
+                rest = parts
+            # sorted, as the first of two names of a folder is the one that counts
+            todo += [(entry["name"], entry, rest) for base, entry in sorted(entries.items())[::-1]
+                     if base == part or part not in entries and base[0] != "."
+                     and fnmatchcase(base, part)]
+        elif parts:
+            continue
+        elif not FORMAT.search(name) or DESCRIPTION.match(os.path.basename(name)) and name != path:
+            others.append(name)
+        elif local and not os.path.isfile(name):
+            raise FileNotFoundError(f"{name} is a link to a file that is not there, or no file")
+        elif local and info["size"] < 1024 and Path(name).read_bytes().startswith(LFS_POINTER):
+            raise FileNotFoundError(f"{name} is a Git LFS pointer, not the file: git lfs pull")
+        else:
+            sizes[name] = info["size"] or 0
+    if others:
+        print(f"{path}: files that are not read, going by their names: {len(others):,} "
+              f"({min(others)}, ...)", file=sys.stderr)
+    return dict(sorted(sizes.items()))
 
 
 class Input(io.RawIOBase):

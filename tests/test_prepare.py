@@ -212,11 +212,61 @@ def test_files_that_are_not_there_are_named(folder, tmp_path, monkeypatch):
     assert not Path("p").exists() and not Path("q").exists()
 
 
-def test_descriptions_beside_a_data_set_are_no_corpus(folder, tmp_path):
-    """Hubs put a dataset_infos.json beside the text: its one line gave exit status 3."""
-    put(tmp_path, {"in/a.jsonl": as_rows(["fine"]), "in/dataset_infos.json": '{"default": {}}',
-                   "in/dataset_info.json": '{"default": {}}'})
-    assert tokenize(folder, tmp_path / "in", f"--out={tmp_path / 'out'}", "--val_fraction=0") == 0
+def test_what_is_passed_over_in_a_folder_is_said(folder, tmp_path, monkeypatch, capsys):
+    """Hubs put a dataset_infos.json beside the text: its one line gave exit status 3. Files of
+    other kinds were passed over without a word."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {f"in/{name}.json": '{"default": {}}' for name in (
+        "dataset_infos", "dataset_info", "source", "config", "tokenizer_config", "tokenizer",
+        "generation_config", "special_tokens_map", "state", "model.safetensors.index")})
+    put(tmp_path, {"in/a.jsonl": as_rows(["fine"]), "in/LICENSE.txt": "fine", "in/b.csv": "x"})
+    assert tokenize(folder, "in", "--out=out", "--val_fraction=0") == 0
+    assert read_source(tmp_path / "out")["train"] == ["fine", "fine"]
+    assert capsys.readouterr().err == (f"{tmp_path}/in: files that are not read, going by their "
+                                       f"names: 11 ({tmp_path}/in/b.csv, ...)\n")
+    put(tmp_path, {"source.json": as_rows(["a file by that name"])})
+    assert tokenize(folder, "source.json", "--out=named", "--val_fraction=0") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_exists_is_no_pattern(folder, tmp_path, monkeypatch):
+    """Of a folder "[old]" the files of folders "o", "l" and "d" were read instead."""
+    monkeypatch.chdir(tmp_path)
+    names = ["[old]/x1", "o/x1", "run[1]/x1", "run1/x1", "a*/[b]/x[1]", "ab/[b]/x1", "ab/b/x1"]
+    put(tmp_path, {f"{name}.txt": name for name in names})
+    with zipfile.ZipFile("far.zip", "w") as archive:
+        for name in names:
+            archive.writestr(f"{name}.txt", name)
+    for given, found in [("[old]/x*.txt", ["[old]/x1"]), ("run[1]/*", ["run[1]/x1"]),
+                         ("a*/*/x[1].txt", ["a*/[b]/x[1]"]), ("run[12]", ["run[1]/x1"]),
+                         ("[ao]b/[b]/*", ["ab/[b]/x1"]), ("run?", ["run1/x1"])]:
+        for path in f"{given}", f"zip://{given}::far.zip":
+            if given != "run[12]":
+                assert [file.path.removeprefix(f"{tmp_path}/").removesuffix(".txt")
+                        for file in documents.list_files([path])] == found
+
+
+def test_patterns_find_what_folders_do(tmp_path, monkeypatch):
+    """Below a * or **, linked folders were left out, and those that may not be read, too."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {f"{name}/x.txt": "text" for name in ("more/deep", "in/a", "in/.git", "in")})
+    Path("in/link").symlink_to("../more")
+    for pattern, names in [("in/*/x.txt", ["in/a/x.txt"]), ("in/*/*/*", ["in/link/deep/x.txt"]),
+                           ("in/**/x.txt", ["in/a/x.txt", "in/link/deep/x.txt", "in/x.txt"]),
+                           ("in/**", ["in/a/x.txt", "in/link/deep/x.txt", "in/x.txt"]),
+                           ("in/.git/*", ["in/.git/x.txt"])]:
+        assert [file.name for file in documents.list_files([pattern])] == names
+    real = os.scandir
+
+    def scandir(path):                  # root may read everything, so chmod proves nothing
+        if str(path).endswith("in/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for pattern in "in/*/x.txt", "in/**/*.txt":
+        with pytest.raises(SystemExit, match="Permission denied: '.*in/a'"):
+            documents.list_files([pattern])
 
 
 @pytest.mark.parametrize("name, make", [("a.jsonl", as_rows), ("a.parquet", as_parquet)])
