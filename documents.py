@@ -143,10 +143,11 @@ def find_files(fs, path, out):
 
 
 class Input(io.RawIOBase):
-    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable."""
+    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable.
+    Of n bytes that are read report(n) is called."""
 
-    def __init__(self, file):
-        self.file, self.bytes_read = file, 0
+    def __init__(self, file, report):
+        self.file, self.report, self.bytes_read = file, report, 0
         self.stream = self.wrap_read_errors(file.fs.open, file.path, "rb")
 
     def wrap_read_errors(self, read, *arguments):
@@ -174,6 +175,7 @@ class Input(io.RawIOBase):
                              f"{self.file.size:,} when it was listed")
         buffer[:len(read)] = read
         self.bytes_read += len(read)
+        self.report(len(read))
         return len(read)
 
     def close(self):
@@ -289,7 +291,7 @@ class Strict(InputError):
 class TextReader:
     """Reads the documents of Files and counts the rows that give none: all of them in `reasons`, in
     `lost` those that should have. `messages` names the first of these and each file that breaks
-    off. About every megabyte report(n) is called, for n bytes of files read."""
+    off. For n bytes of files read report(n) is called."""
 
     def __init__(self, files, row_filter, strict, report):
         self.files, self.row_filter, self.strict, self.report = files, row_filter, strict, report
@@ -298,24 +300,19 @@ class TextReader:
     def texts(self):
         """Yields the documents. Raises Unreadable and Strict."""
         for file in self.files:
-            reported = 0
-            with Input(file) as opened:
+            with Input(file, self.report) as opened:
                 try:
                     for where, parse, row in read_rows(file.name, opened, self.row_filter):
                         try:
                             yield parse(row)
                         except Skip as skip:
                             self.count(skip.reason, skip.message and f"{where} {skip.message}")
-                        read = min(opened.bytes_read, file.size)
-                        if read > reported + 10 ** 6:
-                            self.report(read - reported)
-                            reported = read
                 except (Unreadable, Strict, MemoryError):
                     raise
                 except Exception as error:        # what a decoder raises is up to the decoder
                     self.count("breaks off", f"{file.name} breaks off, and what comes is lost: "
                                f"{error}")
-            self.report(file.size - reported)
+            self.report(file.size - opened.bytes_read)      # parquet: not all, or some twice
 
     def count(self, reason, message):
         self.reasons[reason] += 1
