@@ -47,7 +47,8 @@ FORMAT = re.compile(r"\.(txt|jsonl?|parquet(?=$))(\.gz|\.zst)?$", re.IGNORECASE)
 FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
            "per row), each but .parquet also as .gz or .zst")
 # lies beside documents or a model, and holds no text
-DESCRIPTION = re.compile(r"(dataset_infos?|source|state|tokenizer|.*(config|_map|\.index))\.json$")
+DESCRIPTION = re.compile(r"(dataset_(infos?|dict)|source|tokenizer|.*(config|state|_map|\.index))"
+                         r"\.json$")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -113,10 +114,9 @@ def find_files(fs, path, out):
     while todo:
         name, info, parts = todo.pop()
         if info["type"] == "directory" or local and os.path.isdir(name):
-            here = os.path.realpath(name), *parts
-            if here in seen or name == out:                 # links may go in circles
+            if (here := (os.path.realpath(name), *parts)) in seen or name == out:
                 continue
-            seen.add(here)
+            seen.add(here)                                          # links may go in circles
             part, *rest = parts or ["**"]
             entries = {Path(entry["name"]).name: entry for entry in fs.ls(name, detail=True)}
             if part == "**":
@@ -143,8 +143,7 @@ def find_files(fs, path, out):
 
 
 class Input(io.RawIOBase):
-    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable.
-    Of n bytes that are read report(n) is called."""
+    """A File, opened. Whatever keeps it from being read, now or later, is raised as Unreadable."""
 
     def __init__(self, file, report):
         self.file, self.report, self.bytes_read = file, report, 0
@@ -188,6 +187,7 @@ class Input(io.RawIOBase):
 # Rows
 
 MISSING = object()
+ROWS = "a row with keys is wanted, one a line: jq -c '.[]' of an array, or jq -c ., writes them"
 
 
 class Skip(Exception):
@@ -211,8 +211,7 @@ class RowFilter:
         if isinstance(row, Skip):
             raise row
         if not isinstance(row, dict):
-            raise Skip("no row", f"is a {type(row).__name__}, and a row with keys is wanted, one a "
-                       "line")
+            raise Skip("no row", f"is a {type(row).__name__}, and {ROWS}")
         rules = [f"{key}={value}" for key, value in self.exclude
                  if as_text(field(row, key)) == value]
         if rules:
@@ -231,12 +230,9 @@ class RowFilter:
             raise Skip("not JSON", f"is not JSON: {error}") from None
         return self.from_row(row)
 
-    def from_bytes(self, raw):
-        """The document that a whole file is."""
-        return self.accept(decode(raw))
-
     def accept(self, text):
-        """The text, if it is one and in the fraction."""
+        """The text, a str or the bytes of one, if it is one and in the fraction."""
+        text = decode(text) if isinstance(text, bytes) else text
         if not isinstance(text, str):
             raise Skip("not text", f"is no text but {text!r:.80}")
         if not text:
@@ -261,7 +257,10 @@ def field(row, key):
 
 
 def as_text(value):
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value as --exclude gives it: 2024-01-01, but true, 3, null and lists as in JSON."""
+    if value is None or isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, default=as_text, ensure_ascii=False)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def hash_to_unit(raw, purpose=b""):
@@ -270,11 +269,17 @@ def hash_to_unit(raw, purpose=b""):
 
 
 def decode(raw):
+    """The text of bytes. Raises Skip unless they are UTF-8, and more than by chance."""
+    if raw.startswith(LFS_POINTER):
+        raise Skip("not text", "is a Git LFS pointer, not the file: git lfs pull")
+    if bytes(8) in raw or raw.count(0) > 1 + len(raw) // 100:
+        raise Skip("not UTF-8", f"is not UTF-8: {raw.count(0):,} of {len(raw):,} bytes are 0; "
+                   "convert UTF-16 with iconv -f utf-16 -t utf-8, and unpack what is packed")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise Skip("not UTF-8", f"is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; "
-                   "convert it, e.g. with iconv -t utf-8") from None
+                   "convert it, e.g. with iconv -f latin1 (or utf-16) -t utf-8") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,14 +344,17 @@ def read_rows(name, opened, row_filter):
     elif packed == ".zst":
         stream = zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
     if kind == "txt":
-        yield name, row_filter.from_bytes, stream.read().removeprefix(BOM)
+        yield name, row_filter.accept, stream.read().removeprefix(BOM)
     elif kind == "parquet":
         for number, row in enumerate(parquet_rows(stream, row_filter), 1):
             yield f"{name}: row {number}", row_filter.from_row, row
     else:
+        start = stream.peek(1024).lstrip(BOM).lstrip().split(b"\n")[0].rstrip()
+        if start == b"{" or start.startswith(b"[") and not start.endswith(b"]"):
+            raise ValueError(f"it is an array, or one value over several lines, and {ROWS}")
         for number, line in enumerate(stream, 1):
+            line = line.lstrip(BOM)         # in the middle, too, as files may be concatenated
             if line.strip():
-                line = line.removeprefix(BOM) if number == 1 else line
                 yield f"{name}:{number}", row_filter.from_json, line
 
 
@@ -362,13 +370,14 @@ def parquet_rows(stream, row_filter):
 
 
 def to_rows(batch):
-    """The rows of a batch as dicts; a Skip for a row with a string that is not UTF-8."""
+    """The rows of a batch as dicts; a Skip for a row with a value that Python cannot have."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
-        if len(batch) == 1:
-            return [Skip("not UTF-8", "is not UTF-8")]
-        return [row for k in range(len(batch)) for row in to_rows(batch.slice(k, 1))]
+    except (ValueError, ArithmeticError, LookupError) as error:
+        if len(batch) > 1:
+            return [row for k in range(len(batch)) for row in to_rows(batch.slice(k, 1))]
+        return [Skip("not UTF-8", "is not UTF-8") if isinstance(error, UnicodeDecodeError)
+                else Skip("not readable", f"cannot be read: {error}")]
 
 
 def all_texts(files, row_filter, strict=False):

@@ -1,6 +1,8 @@
 """Proofs of prepare.py: what is tokenized decodes to itself, other programs agree on every id, and
 bad input is refused whole."""
 import ast
+import datetime
+import decimal
 import gzip
 import io
 import itertools
@@ -96,7 +98,8 @@ CONTAINERS = {
     "a.jsonl": as_rows, "a.json": as_rows, "a.jsonl.gz": lambda t: gzip.compress(as_rows(t)),
     "a.json.gz": lambda t: gzip.compress(as_rows(t[:9])) + gzip.compress(as_rows(t[9:])),
     "a.jsonl.zst": lambda t: in_frames(as_rows(t)), "a.parquet": as_parquet,
-    "bom.jsonl": lambda t: documents.BOM + as_rows(t).replace(b"\n", b"\r\n") + b"\n"}
+    "bom.jsonl": lambda t: b"".join(documents.BOM + as_rows(part).replace(b"\n", b"\r\n")
+                                    for part in (t[:9], [], t[9:])) + b"\n"}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -217,7 +220,7 @@ def test_what_is_passed_over_in_a_folder_is_said(folder, tmp_path, monkeypatch, 
     other kinds were passed over without a word."""
     monkeypatch.chdir(tmp_path)
     put(tmp_path, {f"in/{name}.json": '{"default": {}}' for name in (
-        "dataset_infos", "dataset_info", "source", "config", "tokenizer_config", "tokenizer",
+        "dataset_infos", "dataset_dict", "source", "config", "tokenizer_config", "tokenizer",
         "generation_config", "special_tokens_map", "state", "model.safetensors.index")})
     put(tmp_path, {"in/a.jsonl": as_rows(["fine"]), "in/LICENSE.txt": "fine", "in/b.csv": "x"})
     assert tokenize(folder, "in", "--out=out", "--val_fraction=0") == 0
@@ -317,6 +320,17 @@ BAD = {      # name, content, what is said of it, documents kept, rows lost
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3 is no text but None", 2, 1),
     "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "no text that UTF-8 can write", 2, 1),
     "depth": ("a.jsonl", GOOD + b"[" * 10 ** 5 + b"\n", "a.jsonl:3 is not JSON", 2, 1),
+    "utf-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "convert UTF-16", 0, 3),
+    "utf-16 txt": ("a.txt", "ASCII alone".encode("utf-16-le"), "11 of 22 bytes are 0", 0, 1),
+    "utf-16 thai": ("a.txt", ("ภาษาไทย" * 5 + " ").encode("utf-16-le") * 9, "9 of 648", 0, 1),
+    "utf-32 txt": ("a.txt", "ASCII alone".encode("utf-32-be"), "33 of 44 bytes are 0", 0, 1),
+    "end lost": ("a.txt", b"text " * 999 + bytes(99), "99 of 5,094 bytes are 0", 0, 1),
+    "one NUL": ("a.txt", b"x = '\0'\n", "", 1, 0),
+    "pointer": ("a.txt.gz", gzip.compress(documents.LFS_POINTER + b"v1"), "git lfs pull", 0, 1),
+    "array": ("a.json", json.dumps([{"text": "x"}] * 9, indent=1), "jq -c '.[]'", 0, 1),
+    "array in rows": ("a.json", "\n[" + '{"text": "x"},\n' * 9 + "{}]", "jq -c '.[]'", 0, 1),
+    "objects": ("a.json.gz", gzip.compress(b'{\n"text": "x"\n}\n' * 9), "jq -c .", 0, 1),
+    "one array": ("a.json", '[{"text": "x"}]', "a.json:1 is a list, and a row", 0, 1),
     "empty": ("a.jsonl", GOOD + b'{"text": ""}\n\n', "rows skipped: 1, empty", 2, 0),
     "empty txt": ("a.txt", b"", "rows skipped: 1, empty", 0, 0),
     "empty jsonl": ("a.jsonl", b"", "", 0, 0),
@@ -370,6 +384,35 @@ def test_a_value_that_is_not_utf8_costs_one_row_of_parquet(bad, folder, tmp_path
                     "--val_fraction=0", "--exclude=url=http://y") == 3
     assert read_source(tmp_path / "out")["train"] == [f"row {i}" for i in range(100) if i != 20]
     assert "a.parquet: row 21 is not UTF-8" in capsys.readouterr().err
+
+
+def test_values_of_parquet_are_compared_as_text(folder, tmp_path):
+    """--exclude=date=2024-01-01 excluded nothing: the value was '"2024-01-01"'."""
+    day = datetime.datetime(2024, 1, 1, 3)
+    values = {"date": day.date(), "time": day, "decimal": decimal.Decimal("1.50"), "raw": b"abc",
+              "yes": True, "number": 3.0, "list": ["é"], "dates": [day.date()], "nothing": None}
+    far = pyarrow.array([2 ** 61, 0, 1, 2], pyarrow.timestamp("us"))       # the year 75,000
+    types = {"view": pyarrow.string_view(), "large": pyarrow.large_string(),
+             "binary": pyarrow.binary(),
+             "dictionary": pyarrow.dictionary(pyarrow.int8(), pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(
+        {"far": far} | {key: [value, None, value, None] for key, value in values.items()}
+        | {key: pyarrow.array(list("abcd")).cast(kind) for key, kind in types.items()}),
+        tmp_path / "a.parquet")
+
+    def texts(text_key, *exclude):
+        reader = documents.TextReader(documents.list_files([str(tmp_path / "a.parquet")]),
+                                      documents.RowFilter(text_key, exclude), False, int)
+        return "".join(reader.texts())
+
+    for key in types:
+        assert texts(key) == "abcd"
+    for key, value in [("date", "2024-01-01"), ("time", "2024-01-01 03:00:00"), ("raw", "abc"),
+                       ("decimal", "1.50"), ("yes", "true"), ("number", "3.0"),
+                       ("list", '["é"]'), ("dates", '["2024-01-01"]')]:
+        assert texts("large", (key, value)) == "bd"
+    assert texts("large", ("nothing", "null")) == "" and texts("large", ("raw", "null")) == "ac"
+    assert texts("large", ("far", "x")) == "bcd"            # one row, not the rest of the file
 
 
 def test_large_windows_of_zstandard_are_read(folder, tmp_path):
