@@ -32,13 +32,10 @@ from tqdm import tqdm
 
 from files import InputError
 
-try:
-    from compression import zstd  # Python 3.14
-except ImportError:
-    try:
-        from backports import zstd
-    except ImportError:
-        zstd = None  # only .zst files need it
+zstd = None                                                     # only .zst files need it
+for module in "backports.zstd", "compression.zstd":             # the latter from Python 3.14 on
+    with contextlib.suppress(ImportError):
+        zstd = importlib.import_module(module)
 
 # --------------------------------------------------------------------------------------------------
 # Files
