@@ -30,7 +30,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from files import InputError
+from files import LFS_POINTER, InputError
 
 zstd = None                                                     # only .zst files need it
 for module in "backports.zstd", "compression.zstd":             # the latter from Python 3.14 on
@@ -44,9 +44,8 @@ FORMAT = re.compile(r"\.(txt|jsonl?|parquet(?=$))(\.gz|\.zst)?$", re.IGNORECASE)
 FORMATS = (".txt (a document per file), .jsonl, .json (a document per line), .parquet (a document "
            "per row), each but .parquet also as .gz or .zst")
 # lies beside documents or a model, and holds no text
-DESCRIPTION = re.compile(r"(dataset_(infos?|dict)|source|tokenizer|.*(config|state|_map|\.index))"
-                         r"\.json$")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DESCRIPTION = re.compile(r"(dataset_(infos?|dict)|source|state|((generation|tokenizer)_)?config"
+                         r"|tokenizer|special_tokens_map|.*\.index)\.json$")
 
 
 class Unreadable(InputError):
