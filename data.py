@@ -108,31 +108,13 @@ def read_header(path):
 
 @contextmanager
 def token_writer(path, header):
-    """Yields a TokenWriter; the file gets its name when it is complete, and never otherwise."""
+    """Yields the file, for ids in the header's dtype. It gets its name only once it is complete."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(header.pack())
-        writer = TokenWriter(path, header, file)
-        yield writer
+        yield file
+        tokens = (file.tell() - HEADER_BYTES) // header.dtype.itemsize
         file.seek(0)
-        file.write(replace(header, tokens=writer.tokens).pack())
-
-
-class TokenWriter:
-    def __init__(self, path, header, file):
-        self.path, self.header, self.file, self.tokens = path, header, file, 0
-
-    def write(self, ids):
-        """Appends a sequence of ids. Raises DataError for one outside the vocabulary."""
-        ids = np.asarray(ids, np.int64)
-        wrong = ids[(ids < 0) | (ids >= self.header.vocab_size)]
-        require(not len(wrong), f"ids {wrong[:3].tolist()} for {self.path}, whose vocabulary ends "
-                f"at {self.header.vocab_size - 1}")
-        self.write_bytes(ids.astype(self.header.dtype).tobytes())
-
-    def write_bytes(self, raw):
-        """Appends ids that have the file's dtype already."""
-        self.file.write(raw)
-        self.tokens += len(raw) // self.header.dtype.itemsize
+        file.write(replace(header, tokens=tokens).pack())
 
 
 # --------------------------------------------------------------------------------------------------

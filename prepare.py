@@ -73,7 +73,7 @@ def write_texts(folder, i, texts, encoder, val_fraction):
         for text, ids in encoder.encode(texts):
             raw = text.encode()
             split = "val" if hash_to_unit(raw) < val_fraction else "train"
-            writers[split].write_bytes(bos + ids + eos)
+            writers[split].write(bos + ids + eos)
             info[split]["documents"] += 1
             info[split]["tokens"] += len(ids) // size + 2
             info[split]["bytes"] += len(raw)
