@@ -1,8 +1,13 @@
-"""Files that are whole or absent, never half-written; JSON and checksums."""
+"""Files that are whole or absent, never half-written; JSON and checksums. And what surrounds every
+program: the paths that it is given, what it prints to, and how it ends."""
+import codecs
+import errno
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from hashlib import file_digest
 from pathlib import Path
 
@@ -15,7 +20,7 @@ class InputError(ValueError):
 def atomic_write(path):
     """Yields a temporary path in the same folder, at which to write a file or make a folder.
     Afterwards that takes the name `path`, whole and on disk. After an error it is removed, and what
-    was at `path` is untouched."""
+    was at `path` is untouched. An OSError that names no file gets the name `path`."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,10 +28,12 @@ def atomic_write(path):
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
+    except OSError as error:
+        if error.errno and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def fsync(path):
@@ -34,6 +41,9 @@ def fsync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:       # others come from file systems that have no fsync (of folders)
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     finally:
         os.close(handle)
 
@@ -47,6 +57,18 @@ def explain(path, error):
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             return "it is a Git LFS pointer, not the file: git lfs pull"
     return str(error)
+
+
+print_once = lru_cache(print)
+
+
+def remove(path):
+    """Removes a file, a link or a whole folder. What cannot be removed stays, with a note."""
+    shutil.rmtree(path, ignore_errors=True)                       # does nothing to the other two
+    with suppress(OSError):
+        path.unlink()
+    if os.path.lexists(path):
+        print_once(f"note: {path} cannot be removed, and stays")
 
 
 def read_json(path):
@@ -80,3 +102,51 @@ def sha256_file(path):
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+def run_program(main, stopped="stopped"):
+    """Calls main(arguments). Exits with a sentence where something given to the program cannot be
+    used or the system refuses, with `stopped` after Ctrl-C, and silently if nobody reads on."""
+    for name in "stdin", "stdout", "stderr":
+        if getattr(sys, name) is None:         # closed: the next file opened would take its place
+            setattr(sys, name, open(os.devnull, "r+"))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
+    # what the terminal has no character for is escaped as in JSON
+    codecs.register_error("json", lambda error: (
+        json.dumps(error.object[error.start:error.end])[1:-1], error.end))
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="json", line_buffering=True)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        # what still waits to be printed would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):                               # as of `| head`
+            sys.exit(str(error))
+
+
+def as_path(text):
+    """A path of a command line. Behind `=`, shells do not know that ~ is the home folder."""
+    return os.path.expanduser(text) if text else sys.exit(
+        "an empty path names nothing: give a file or a folder (an unset variable?)")
+
+
+class Output:
+    """A stream that may fail: its reader or terminal goes, its disk is full. For a run that is a
+    stop request, and what is written from then on is lost."""
+
+    def __init__(self, stream, stop_request):
+        self.stream, self.stop_request = stream, stop_request
+
+    def write(self, text):
+        try:
+            print(text, end="", file=self.stream, flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stop_request.failure = f"{self.stream.name} cannot be written ({error.strerror}), "
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
