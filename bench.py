@@ -65,7 +65,7 @@ from device import (
     peak_flops,
 )
 from documents import RowFilter, all_texts, documentation, library_modules, list_files
-from files import InputError, read_json
+from files import as_path, read_json, run_program
 from hf import HF_CONFIG, config_from_hf, find_model
 from plan import choose_training_compile, fill_vocab_size
 from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
@@ -577,20 +577,20 @@ def parse_args(argv):
     p.add_argument("--ablate", action="store_true", help="measure each optimization")
     p.add_argument("--peers", action="store_true", help="measure transformers, too")
     p = commands.add_parser("generate", help="tokens/s of generation", allow_abbrev=False)
-    p.add_argument("checkpoint", nargs="?", help="a folder or a hub name; default: an untrained "
-                   "TinyLlama")
+    p.add_argument("checkpoint", nargs="?", type=as_path, help="a folder or a hub name; default: "
+                   "an untrained TinyLlama")
     p.add_argument("--batch", type=int, default=1, help="texts generated together (%(default)s)")
     p.add_argument("--prompt", type=int, default=512, help="tokens before (%(default)s)")
     p.add_argument("--tokens", type=int, default=100, help="to generate (%(default)s)")
     p.add_argument("--precisions", default=",".join(PRECISIONS), help="(%(default)s)")
     p.add_argument("--compile", choices=["True", "False"], default="True")
     p = commands.add_parser("prepare", help="MB/s of encoding", allow_abbrev=False)
-    p.add_argument("files", nargs="*", help="corpora, each measured by itself; default: the "
-                   "documentation and the modules of this Python")
-    p.add_argument("--tokenizer", help="a SentencePiece model; default: the demo's")
+    p.add_argument("files", nargs="*", type=as_path, help="corpora, each measured by itself; "
+                   "default: the documentation and the modules of this Python")
+    p.add_argument("--tokenizer", type=as_path, help="a SentencePiece model; default: the demo's")
     p.add_argument("--text_key", default="text", help="of files with rows")
     for p in commands.choices.values():
-        p.add_argument("--json", help="a file for what the last line says")
+        p.add_argument("--json", type=as_path, help="a file for what the last line says")
     args, keys = parser.parse_known_args(argv)
     if args.command == "train":
         args.recipe += keys                                   # config.py refuses unknown keys
@@ -605,17 +605,15 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    result = {"train": bench_train, "generate": bench_generate,
-              "prepare": bench_prepare}[args.command](args)
+    try:
+        result = {"train": bench_train, "generate": bench_generate,
+                  "prepare": bench_prepare}[args.command](args)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"out of memory; what helps is a smaller --micro_batch. ({error})")
-    except (InputError, OSError) as error:
-        sys.exit(str(error))
+    run_program(main)

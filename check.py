@@ -20,6 +20,7 @@ import parallel
 import train
 from decoder import Decoder
 from device import compile_error, device_name, find_device, find_dtype
+from files import run_program
 from quantize import LINEAR_TYPES, freeze_for_inference
 from sample import generate
 
@@ -155,4 +156,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

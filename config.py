@@ -77,7 +77,7 @@ def coerce(value, kind, where):
     if type(value) not in allowed:
         names = " or ".join(k.__name__.removesuffix("Type") for k in allowed)
         sys.exit(f"{where} must be {names}, got {value!r}")
-    return value
+    return os.path.expanduser(value) if kind is str else value       # no shell expands --key=~
 
 
 def usage(cls):

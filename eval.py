@@ -33,7 +33,7 @@ import plot
 from data import Source, bits_per_byte
 from device import find_device, find_dtype
 from documents import RowFilter, all_texts, list_files
-from files import InputError, read_json, sha256_file, write_json
+from files import InputError, as_path, read_json, run_program, sha256_file, write_json
 from hf import find_model
 from quantize import LINEAR_TYPES
 from sample import load_model
@@ -403,11 +403,11 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="eval.py", allow_abbrev=False,
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT",
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", type=as_path,
         help="folders or hub names; default: the newest under out/")
     add("--tasks", help=f"suites ({', '.join(SUITES)}) or tasks of lm-evaluation-harness; default: "
         "commonsense, unless there is --text")
-    add("--text", action="append", default=[], metavar="FILE",
+    add("--text", action="append", default=[], metavar="FILE", type=as_path,
         help="bits per byte of files or of a folder data/NAME; may be repeated")
     add("--text_key", default="text", help="of files with rows")
     add("--bos", action="store_true", help="begin prompts with BOS, as the harness does today; the "
@@ -415,13 +415,15 @@ def parse_args(argv):
     add("--num_fewshot", type=int, help="examples in a prompt; default: the suite's or the task's")
     add("--limit", type=int, help="most questions of a task, documents or windows of a text")
     add("--batch", type=int, default=16, help="requests in a batch (%(default)s)")
-    add("--include_path", metavar="FOLDER", help="with tasks of your own, in YAML")
+    add("--include_path", metavar="FOLDER", type=as_path,
+        help="with tasks of your own, in YAML")
     add("--run_code", action="store_true", help="run code that the model writes on this machine, "
         "unprotected; HumanEval is left out without")
     add("--quantize", choices=[*filter(None, LINEAR_TYPES)], help="with --text only")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 where the hardware has it; the published numbers: float32")
-    add("--out", metavar="FILE.png", help="the picture; default: eval.png next to the last one")
+    add("--out", metavar="FILE.png", type=as_path,
+        help="the picture; default: eval.png next to the last one")
     args = parser.parse_args(argv)
     if not args.tasks and not args.text:
         args.tasks = "commonsense"
@@ -532,9 +534,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; what was measured is in CHECKPOINT/eval/")
+    run_program(main, "stopped; what was measured is in CHECKPOINT/eval/")

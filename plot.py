@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from files import atomic_write
+from files import as_path, atomic_write, run_program
 
 LINE_STYLES = "-", "--", "-.", ":"                               # of the runs, in order
 
@@ -83,13 +83,9 @@ def pyplot():
 
 def save_figure(figure, out):
     """Writes a figure to the PNG `out`, whole or not at all."""
-    try:
-        with atomic_write(out) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
-    except OSError as error:
-        sys.exit(f"{out} cannot be written: {error}")
-    finally:
-        pyplot().close(figure)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot().close(figure)
 
 
 def mark_stages(axes, stages, labelled):
@@ -147,8 +143,9 @@ def plot_runs(runs, out):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, such as out/demo")
-    parser.add_argument("--out", metavar="FILE", help="the picture; plot.png in the first RUN")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=as_path, help="such as out/demo")
+    parser.add_argument("--out", metavar="FILE", type=as_path,
+                        help="the picture; plot.png in the first RUN")
     args = parser.parse_args(argv)
     if args.out and not args.out.endswith(".png"):
         parser.error(f"--out={args.out} must end in .png")
@@ -163,4 +160,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

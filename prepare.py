@@ -39,7 +39,7 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from data import DataError, Header, Source, token_writer
+from data import Header, Source, token_writer
 from documents import (
     RowFilter,
     TextReader,
@@ -51,7 +51,7 @@ from documents import (
     list_files,
     split_docstrings,
 )
-from files import InputError, atomic_write, read_json, write_json
+from files import InputError, as_path, atomic_write, read_json, run_program, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -435,12 +435,12 @@ def parse_args(argv):
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("demo", help="tokenize this Python's documentation and modules")
-    p.add_argument("--data_dir", default="data")
+    p.add_argument("--data_dir", type=as_path, default="data")
     p.add_argument("--vocab_size", type=int, default=4096)
 
     reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("files", nargs="+", help="files, folders or patterns, of any filesystem "
-                         "that fsspec opens: .txt, .jsonl, .json, also as .gz or .zst; .parquet")
+    reading.add_argument("files", nargs="+", type=as_path, help="files, folders or patterns, of "
+                         "any filesystem of fsspec: .txt, .jsonl, .json, also .gz, .zst; .parquet")
     reading.add_argument("--text_key", default="text",
                          help="the key or column of the text; a.b for b in a (%(default)s)")
     reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",
@@ -453,11 +453,11 @@ def parse_args(argv):
     p = commands.add_parser("tokenizer", parents=[reading],
                             help="train a SentencePiece tokenizer as Llama's was")
     p.add_argument("--vocab_size", type=int, default=4096)
-    p.add_argument("--out", required=True, help="the file to write")
+    p.add_argument("--out", required=True, type=as_path, help="the file to write")
 
     p = commands.add_parser("tokenize", parents=[reading], help="write the token files of a source")
-    p.add_argument("--tokenizer", required=True, help="a SentencePiece model")
-    p.add_argument("--out", required=True, help="the folder to write, data/NAME")
+    p.add_argument("--tokenizer", required=True, type=as_path, help="a SentencePiece model")
+    p.add_argument("--out", required=True, type=as_path, help="the folder to write, data/NAME")
     p.add_argument("--val_fraction", type=float, default=0.001,
                    help="share of the documents kept for validation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
@@ -465,7 +465,7 @@ def parse_args(argv):
                    help="do only the I-th of N parts; others do theirs into the same folder")
 
     p = commands.add_parser("inspect", help="print what is in a source")
-    p.add_argument("source", help="data/NAME")
+    p.add_argument("source", type=as_path, help="data/NAME")
     return parser.parse_args(argv)
 
 
@@ -513,25 +513,19 @@ def run_tokenize(args, row_filter):
 
 def main(argv):
     args = parse_args(argv)
-    try:
-        if args.command == "demo":
-            demo(args.data_dir, args.vocab_size)
-        elif args.command == "inspect":
-            inspect_source(args.source)
-        else:
-            if not Path(args.out).name:
-                sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
-                         "a folder for a source")
-            if not 0 < args.fraction <= 1:
-                sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
-            run = run_tokenizer if args.command == "tokenizer" else run_tokenize
-            run(args, RowFilter(args.text_key, tuple(args.exclude), args.fraction))
-    except (DataError, InputError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    if args.command == "demo":
+        demo(args.data_dir, args.vocab_size)
+    elif args.command == "inspect":
+        inspect_source(args.source)
+    else:
+        if not Path(args.out).name:
+            sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
+                     "a folder for a source")
+        if not 0 < args.fraction <= 1:
+            sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
+        run = run_tokenizer if args.command == "tokenizer" else run_tokenize
+        run(args, RowFilter(args.text_key, tuple(args.exclude), args.fraction))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no text
-    main(sys.argv[1:])
+    run_program(main)

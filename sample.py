@@ -19,7 +19,6 @@ Prompt and continuation go to standard output, samples separated by a line ---, 
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from functools import partial
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from decoder import Decoder, count_parameters, should_compile
 from device import choose_compile, find_device, find_dtype
-from files import InputError
+from files import InputError, as_path, run_program
 from hf import find_model
 from model import Llama
 from quantize import LINEAR_TYPES, freeze_for_inference
@@ -233,10 +232,10 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py",
                                      description="Generate text with a trained model.")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="a folder or a hub name; default: the newest under out/")
+    add("checkpoint", nargs="?", type=as_path, help="folder or hub name; default: newest in out/")
     add("--prompt", help="the text to continue; default: none, a document from its beginning")
-    add("--prompts", metavar="FILE", help='many prompts, one per line; prints {"prompt": ..., '
-        '"completion": ...} lines in their order')
+    add("--prompts", metavar="FILE", type=as_path, help="many prompts, one per line; prints "
+        '{"prompt": ..., "completion": ...} lines in their order')
     add("--max_new_tokens", type=int, default=200)
     add("--num_samples", type=int, help="of each prompt; default: 1, or 4 where there is neither a "
         "prompt nor --temperature=0")
@@ -246,7 +245,7 @@ def parse_args(argv):
         help="sample from the likeliest tokens that have this probability together")
     add("--seed", type=int, default=1337)
     add("--quantize", choices=[*filter(None, LINEAR_TYPES)], help="store weights in fewer bits")
-    add("--draft", metavar="CHECKPOINT", help="a smaller model, whose draft this one verifies")
+    add("--draft", metavar="CHECKPOINT", type=as_path, help="a smaller model that drafts tokens")
     add("--guesses", type=int, default=4, help="tokens of the draft per step")
     add("--batch", type=int, default=16, help="texts of --prompts to generate at the same time")
     add("--dtype", choices=["float32", "bfloat16"], default="auto",
@@ -416,11 +415,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except BrokenPipeError:                      # the reader of our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_program(main)

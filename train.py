@@ -39,7 +39,7 @@ import data
 import parallel
 from config import load_config
 from device import disable_malloc_trim, memory_used
-from files import InputError
+from files import run_program
 from metrics import Metrics, format_record
 from model import WITHOUT_CUDNN, ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, grad_sync, is_sharded
@@ -405,12 +405,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Proofs of config.py and of the recipes: every mistake is found, every recipe loads, every key
 does something."""
 import ast
+import os
 import re
 import shlex
 from dataclasses import asdict, dataclass, field, fields
@@ -46,6 +47,7 @@ def test_the_last_argument_wins(tmp_path):
     assert load_config(["--layers=3e2", "--rate=3", "--fast=False", "--maybe=True",
                         "--stages=[{'a': 1}]", "--name=12"],
                        Config) == Config(300, 3.0, "12", False, True, [{"a": 1}])
+    assert load_config(["--name=~/x"], Config).name == os.path.expanduser("~/x") != "~/x"
     assert (type(load_config(["--rate=3"], Config).rate) is float
             and load_config(["--maybe=None"], Config).maybe is None)
 
@@ -181,6 +183,24 @@ def test_help_says_what_every_key_means():
     assert len(lines) == len(fields(TrainConfig))
     for line, (key, value) in zip(lines, vars(TrainConfig()).items()):
         assert line.startswith(f"  --{key}={value!r} ") and line.split("  ")[-1].strip(), line
+
+
+@pytest.mark.parametrize("program, line", [
+    (sample, "PATH --draft=PATH --prompts=PATH"),
+    (evaluation, "PATH --text=PATH --include_path=PATH --out=PATH.png"),
+    (plot, "PATH --out=PATH.png"), (bench, "generate PATH --json=PATH"),
+    (bench, "prepare PATH --tokenizer=PATH"), (prepare, "demo --data_dir=PATH"),
+    (prepare, "tokenizer PATH --out=PATH"), (prepare, "tokenize PATH --tokenizer=PATH --out=PATH"),
+    (prepare, "inspect PATH")])
+def test_every_path_of_a_program_is_one(program, line):
+    """Behind `=` no shell expands ~, and an unset variable leaves nothing of a path."""
+    assert "~" not in str(program.parse_args(line.replace("PATH", "~/x").split()))
+    words = line.split()
+    for k, word in enumerate(words):
+        if "PATH" in word:
+            empty = re.sub(r"PATH(\.png)?", "", word)
+            with pytest.raises(SystemExit, match="names nothing"):
+                program.parse_args([*words[:k], empty, *words[k + 1:]])
 
 
 # --------------------------------------------------------------------------------------------------
