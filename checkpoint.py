@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from bisect import bisect_left
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import parse_stages, source_names, stage_ends, tokens_after
-from files import InputError, atomic_write, fsync, read_json, sha256_file, write_json
+from files import InputError, atomic_write, fsync, read_json, remove, sha256_file, write_json
 from hf import checkpoints, hf_name, newest, read_config, safetensors_files
 from model import ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, local_shard
@@ -125,7 +125,7 @@ def checkpoints_to_keep(steps, cfg, ends):
 def delete_old(run):
     found = checkpoints(run.out_dir)
     for step in found.keys() - set(checkpoints_to_keep(list(found), run.cfg, run.ends)):
-        shutil.rmtree(found[step])
+        remove(found[step])
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def lock_run(run):
     left. The kernel releases the lock however a process ends. A folder in which nothing was written
     is removed again."""
     is_new, path = not run.out_dir.exists(), run.out_dir / "lock"
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)      # that lock would outlive a killed process
 
     def acquire():
         run.out_dir.mkdir(parents=True, exist_ok=True)
@@ -143,19 +143,21 @@ def lock_run(run):
         except Timeout:
             sys.exit(f"another run is writing {run.out_dir}: {path.read_text()}; stop it, or take "
                      "another --out_dir")
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        except OSError as error:                       # as of a file system that has no locks
+            if error.filename:                         # it could not be opened: somebody else's
+                raise
+            print(f"note: {path} cannot be locked ({error.strerror}): start no other run there")
+        with suppress(OSError):                        # what it says is for people only
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}")
         for partial in run.out_dir.glob("*.tmp"):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink()
+            remove(partial)
 
     broadcast_from_rank0(run.world, acquire)
     try:
         yield
     finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)
+        if run.world.rank == 0:
+            remove(path)
             lock.release()
             if is_new and not any(run.out_dir.iterdir()):
                 run.out_dir.rmdir()

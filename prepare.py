@@ -22,7 +22,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -51,7 +50,7 @@ from documents import (
     list_files,
     split_docstrings,
 )
-from files import InputError, as_path, atomic_write, read_json, run_program, write_json
+from files import InputError, as_path, atomic_write, read_json, remove, run_program, write_json
 from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -98,12 +97,12 @@ def write_source(out, texts, model, val_fraction, origin):
     replaces what was there once it is whole."""
     out = Path(out)
     for leftover in out.parent.glob(f"{out.name}.*.tmp"):       # of a process that was killed
-        shutil.rmtree(leftover)
+        remove(leftover)
     with atomic_write(out) as folder:
         folder.mkdir(parents=True)
         info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
         write_metadata(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
-        shutil.rmtree(out, ignore_errors=True)                  # the new one takes its place
+        remove(out)                                             # the new one takes its place
     print_counts(out, info)
 
 
@@ -223,9 +222,8 @@ def remove_tokens(out):
 
 def remove_leftovers(out):
     """Removes what is only there while the work goes on, and what killed processes left."""
-    for path in out.glob("*.tmp"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / "units", ignore_errors=True)
+    for path in (*out.glob("*.tmp"), out / "units"):
+        remove(path)
 
 
 def write_shard(i, corpus, encoder, scratch, strict, report):

@@ -1,5 +1,7 @@
 """Proofs of train.py: the schedule, the step, and that a run that was stopped ends as one that
 never was."""
+import errno
+import fcntl
 import json
 import math
 import os
@@ -74,7 +76,8 @@ def world(tmp_path_factory):
 def run(world, tmp_path, monkeypatch, capsys):
     """run(options...) trains in this process and returns what it printed; its out_dir is
     tmp_path / "out"."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(world)
 
     def run(*options):
@@ -406,6 +409,22 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
     assert [[r.get(k) for k in keys] for r in records(out)] == [
         [r.get(k) for k in keys] for r in records(finished)]
     assert not list(out.glob("*.tmp"))
+
+
+def test_what_a_file_system_cannot_do(run, tmp_path, monkeypatch):
+    """Without locks (NFS, Lustre), or with a checkpoint that cannot be deleted, a run trains."""
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: "00004" in str(path)
+                        or rmtree(path, **how))
+    printed = run("--keep=1")
+    assert f"note: {tmp_path}/out/lock cannot be locked (No locks available)" in printed
+    assert printed.count("cannot be removed") == 1 and "step_00000004 cannot be rem" in printed
+    assert list(checkpoints(tmp_path / "out")) == [4, 10, 30, 35]
+    assert not (tmp_path / "out/lock").exists()
 
 
 def test_what_rounds_otherwise_is_noted(capsys):
