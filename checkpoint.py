@@ -72,6 +72,7 @@ def write_checkpoint(run, model, weights, moments, state):
                     shutil.copyfile(file, folder / name)
                     fsync(folder / name)
             save_file(moments, folder / "training/optimizer.safetensors")
+            shutil.copymode(folder / "config.json", folder / "training/optimizer.safetensors")
             fsync(folder / "training/optimizer.safetensors")
             files = {str(file.relative_to(folder)): {"bytes": file.stat().st_size,
                                                      "sha256": sha256_file(file)}

@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,6 +139,7 @@ class HuggingFaceFolder:
         write_json(folder / "generation_config.json", tokens | {"max_length": self.config.context})
         with atomic_write(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", temporary)     # save_file makes it its owner's
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=torch.float32):

@@ -348,6 +348,8 @@ def test_a_run_writes_what_it_should(finished):
     assert list(checkpoints(finished)) == [10, 30, 32, 35]  # the ends of the stages, and two newest
     state = json.loads((finished / "step_00000035/training/state.json").read_text())
     assert state["step"] == 35 and state["tokens"] == 2560 and state["recipe"]["seed"] == 3407
+    files = [path for path in (finished / "step_00000035").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1            # save_file's are private
     assert set(state["sources"]) == {"prose", "code"} and "model.safetensors" in state["files"]
 
 
