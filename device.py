@@ -123,10 +123,22 @@ def peak_flops(name, dtype):
 
 
 def device_memory(device):
-    """Bytes of memory: of the GPU, else of the machine."""
+    """Bytes of memory: of the GPU, else of the machine, or of the container if it may use less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_limits()])
+
+
+def cgroup_limits(root="/"):
+    """Yields the limits of the groups that this process is in, as of a container or a Slurm job."""
+    with suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controller, group = line.split(":", 2)          # "memory" in cgroup v1, "" in v2
+            folder = Path(root, "sys/fs/cgroup", controller, group.lstrip("/"))
+            for path in folder, *folder.parents:
+                for name in "memory.limit_in_bytes", "memory.max":
+                    with suppress(OSError, ValueError):                     # none there, or "max"
+                        yield int((path / name).read_text())
 
 
 def memory_used(device):

@@ -140,15 +140,23 @@ def format_stage(stage, micro, ranks, context):
             f"{stage.batch // micro // ranks} x {micro} sequences of {context}; {mixture}")
 
 
-def format_memory(run, model):
+def format_memory(run, model, failed=False):
+    device, micro = run.world.device, max(run.micro_batches)
     state, activations = parallel.estimate_memory(
-        model, run.cfg, parallel.shard_count(run.world, run.strategy), max(run.micro_batches),
-        run.dtype, run.world.device, run.compiled, run.recompute)
+        model, run.cfg, parallel.shard_count(run.world, run.strategy), micro, run.dtype, device,
+        run.compiled, run.recompute)
     text = (f"memory: {format_bytes(state)} of weights, gradients and moments and at most about "
             f"{format_bytes(activations)} for a micro-batch, of "
-            f"{format_bytes(device_memory(run.world.device))} per "
-            f"{'GPU' if run.world.device.type == 'cuda' else 'machine'}")
-    return f"{text}; cheap operations are recomputed" if run.recompute else text
+            f"{format_bytes(device_memory(device))} per "
+            f"{'GPU' if device.type == 'cuda' else 'machine'}")
+    text = f"{text}; cheap operations are recomputed" if run.recompute else text
+    sharing = 1 if device.type == "cuda" else run.world.local_world_size
+    if failed or (state + activations) * sharing > device_memory(device):
+        hints = [f"a --micro_batch below {micro}"] if micro > 1 else []
+        hints += [] if run.cfg.activation_checkpointing else ["--activation_checkpointing"]
+        text += ". Warning: this is too little. What helps: " + ", ".join(
+            [*hints, "more GPUs with --strategy=fsdp"])
+    return text
 
 
 # --------------------------------------------------------------------------------------------------

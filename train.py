@@ -392,11 +392,8 @@ def main(argv):
             last = train(run, start, model, wrapped_model, optimizer,
                          StopRequest() if stop_request is None else stop_request)
         except torch.OutOfMemoryError as error:
-            hints = [f"a --micro_batch below {max(run.micro_batches)}"]
-            hints += ["--strategy=fsdp"] if run.strategy == "ddp" else []
-            hints += [] if cfg.activation_checkpointing else ["--activation_checkpointing"]
-            sys.exit(f"out of memory. {format_memory(run, model)}. What helps: {', '.join(hints)}; "
-                     f"none changes what is learned. ({str(error).splitlines()[0]})")
+            sys.exit(f"out of memory. {format_memory(run, model, failed=True)}. "
+                     f"({str(error).splitlines()[0]})")
         if last == run.steps:
             print(f"{checkpoint.newest(run.out_dir)} is the end of the run")
         else:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import device
-from device import compile_error, find_device, find_dtype, nvidia_gpu, peak_flops
+from device import (
+    cgroup_limits,
+    compile_error,
+    device_memory,
+    find_device,
+    find_dtype,
+    nvidia_gpu,
+    peak_flops,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -131,6 +139,23 @@ def test_what_compiles_is_found_by_compiling(headers, tmp_path):
                           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}).stdout
     assert found.endswith("torch.compile is not used on mps\n")
     assert {None: "No working C++ compiler", False: "Python.h", True: "None"}[headers] in found
+
+
+@pytest.mark.parametrize("groups, files, limits", [
+    ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "700"}, [700]),
+    ("0::/\n", {"memory.max": "5"}, [5]),
+    ("4:memory:/docker/1\n1:cpu:/\n0::/\n", {"memory/memory.limit_in_bytes": "9"}, [9]),
+    ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "7", "memory/memory.limit_in_bytes": "8"},
+     [7, 8]), ("", {}, []), (None, {}, [])])
+def test_a_container_may_have_less_memory(groups, files, limits, tmp_path, monkeypatch):
+    """The plan counted the machine's memory, and the kernel killed the run."""
+    for name, text in {f"sys/fs/cgroup/{name}": text + "\n" for name, text in files.items()
+                       }.items() | ({} if groups is None else {"proc/self/cgroup": groups}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(cgroup_limits(tmp_path)) == limits
+    monkeypatch.setattr(device, "cgroup_limits", lambda: iter(limits))
+    assert device_memory(CPU) == (min(limits) if limits else device_memory(CPU)) > 0
 
 
 def test_one_answer_for_a_device(monkeypatch):

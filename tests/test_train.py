@@ -429,6 +429,14 @@ def test_what_a_file_system_cannot_do(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out/lock").exists()
 
 
+def test_too_little_memory_is_known_before(run, monkeypatch):
+    """In a container the kernel killed the run without a word."""
+    for memory, warns in (10 ** 9, False), (10 ** 5, True):
+        monkeypatch.setattr(planning, "device_memory", lambda device, memory=memory: memory)
+        line = next(line for line in run("--save_every=1000").splitlines() if "memory: " in line)
+        assert ("this is too little. What helps: a --micro_batch below 2" in line) == warns
+
+
 def test_what_rounds_otherwise_is_noted(capsys):
     """A resume on other hardware is not the same to the bit, and one from before a choice existed
     is, where the choice is what was always done."""
