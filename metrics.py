@@ -4,14 +4,14 @@ from collections import Counter
 from contextlib import suppress
 
 from device import device_name, peak_flops
-from files import atomic_write, to_json
+from files import Output, atomic_write, to_json
 
 
 class Metrics:
     """Writes out_dir/metrics.jsonl. What an interrupted run wrote after the checkpoint from
     which this one resumes is cut off; a run that does not resume starts a new file."""
 
-    def __init__(self, run, start, flops_per_token):
+    def __init__(self, run, start, flops_per_token, stop_request):
         path, lines = run.out_dir / "metrics.jsonl", []
         if path.exists() and start.resuming:
             for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
@@ -20,7 +20,7 @@ class Metrics:
                         lines.append(line)
         with atomic_write(path) as temporary:
             temporary.write_text("".join(lines), "utf-8")
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = Output(open(path, "a", encoding="utf-8"), stop_request)
         peak = peak_flops(device_name(run.world.device), run.dtype)
         self.tokens_per_second_at_peak = peak and peak * run.world.size / flops_per_token
         self.tokens, self.seconds, self.sequences = 0, 0, Counter()
@@ -40,7 +40,6 @@ class Metrics:
                                                      for name, count in self.sequences.items()}}
             self.tokens, self.seconds, self.sequences = 0, 0, Counter()
         self.file.write(to_json(record) + "\n")
-        self.file.flush()
         self.last = record
 
 

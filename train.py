@@ -39,7 +39,7 @@ import data
 import parallel
 from config import load_config
 from device import disable_malloc_trim, memory_used
-from files import run_program
+from files import Output, run_program
 from metrics import Metrics, format_record
 from model import WITHOUT_CUDNN, ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, grad_sync, is_sharded
@@ -103,6 +103,8 @@ class TrainConfig(RunOptions, ModelConfig):
                              ("strategy", ("auto", "ddp", "fsdp", "hsdp"))):
             if getattr(self, key) not in allowed:
                 sys.exit(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+        if not self.data_dir:
+            sys.exit("data_dir names nothing: give the folder of the sources, such as data")
         if self.fork_from and self.init_from:
             sys.exit(f"a run has one origin: fork_from {self.fork_from} or init_from "
                      f"{self.init_from}; --fork_from= takes back the recipe's")
@@ -226,7 +228,7 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
     """
     cfg, world, context = run.cfg, run.world, run.cfg.context
     metadata = checkpoint.run_metadata(run, start) if world.rank == 0 else {}
-    metrics = Metrics(run, start, model.flops_per_token()) if world.rank == 0 else None
+    metrics = None if world.rank else Metrics(run, start, model.flops_per_token(), stop_request)
     windows = {name: source.windows for name, source in run.train.items()}
     warmup = cfg.warmup_steps * run.stages[0].batch * context
     record, stopping = {}, False
@@ -293,22 +295,23 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
 
 
 class StopRequest:
-    """True once Ctrl-C or SIGTERM came: the step is then finished and saved. A second one ends the
-    program immediately; but torchrun passes on each signal it gets, so there repeats mean
-    nothing."""
+    """True once Ctrl-C, SIGTERM or the SIGHUP of a closing terminal came, or an Output failed: the
+    step is then finished and saved. A second Ctrl-C or SIGTERM ends the program immediately; but
+    torchrun passes on each signal it gets, so there repeats mean nothing."""
+    received, failure = None, ""               # the last signal; what happened to an Output
 
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+    def listen(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # by nohup
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
-        if self.received and "RANK" not in os.environ:
+        if {self.received, number} <= {signal.SIGINT, signal.SIGTERM} and "RANK" not in os.environ:
             sys.exit(128 + number)
-        self.received = True
+        self.received = number
 
     def __bool__(self):
-        return self.received
+        return bool(self.received or self.failure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,6 +333,8 @@ def read_recipe(argv):
     cfg = replace(cfg, out_dir=cfg.out_dir or f"out/{recipes[-1] if recipes else 'run'}")
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
         sys.exit(f"out_dir {cfg.out_dir} is a file: name a folder, or what is to become one")
+    if cfg.out_dir != cfg.out_dir.encode("utf-8", "replace").decode():
+        sys.exit(f"out_dir {cfg.out_dir} is not UTF-8: a checkpoint there could not be read")
     if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
         most = (sum(stage.steps * stage.batch for stage in stages) - 1) // stages[0].batch
         sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does: at most {most}, "
@@ -375,11 +380,13 @@ def main(argv):
         return print_plan(cfg, stages, lr_at)
     # under torchrun, install handlers only when training starts: a rank that is blocked in a
     # collective cannot react
-    stop_request = None if "RANK" in os.environ else StopRequest()
+    stop_request = StopRequest()
+    if "RANK" not in os.environ:
+        stop_request.listen()
     disable_malloc_trim()
     world = parallel.init_distributed()
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")             # rank 0 speaks for all
+    # rank 0 speaks for all
+    sys.stdout = open(os.devnull, "w") if world.rank else Output(sys.stdout, stop_request)
     run, model = resolve(cfg, stages, world)
     with checkpoint.lock_run(run):
         start = broadcast_from_rank0(world, lambda: checkpoint.find_start(run))
@@ -389,16 +396,17 @@ def main(argv):
             return
         try:
             wrapped_model, optimizer = build(run, model, start)
-            last = train(run, start, model, wrapped_model, optimizer,
-                         StopRequest() if stop_request is None else stop_request)
+            stop_request.listen()
+            last = train(run, start, model, wrapped_model, optimizer, stop_request)
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory. {format_memory(run, model, failed=True)}. "
                      f"({str(error).splitlines()[0]})")
         if last == run.steps:
             print(f"{checkpoint.newest(run.out_dir)} is the end of the run")
         else:
-            print(f"stopped after step {last}; the same command continues from "
-                  f"{checkpoint.newest(run.out_dir)}")
+            print(f"{stop_request.failure}stopped after step {last}; the same command continues "
+                  f"from {checkpoint.newest(run.out_dir)}",
+                  file=sys.stderr if stop_request.failure else sys.stdout)
 
 
 if __name__ == "__main__":

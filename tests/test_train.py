@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import device
+import metrics
 import plan as planning
 import train
 from checkpoint import checkpoints, warn_numerics_changed
@@ -389,7 +390,7 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
     """A resume that forgets a moment, a count or its place in the data ends elsewhere: bit for bit
     is the only proof."""
     out, rng = tmp_path / "out", random.Random(5)
-    for number in signal.SIGINT, signal.SIGKILL, signal.SIGTERM:
+    for number in signal.SIGINT, signal.SIGKILL, signal.SIGHUP:
         process, seen = start(world, out), len(records(out)) if out.exists() else 0
         while process.poll() is None and (
                 not (out / "metrics.jsonl").exists()
@@ -411,6 +412,41 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
     assert [[r.get(k) for k in keys] for r in records(out)] == [
         [r.get(k) for k in keys] for r in records(finished)]
     assert not list(out.glob("*.tmp"))
+
+
+def test_a_second_signal_ends_the_program(monkeypatch):
+    """A closing terminal hangs up twice, and must not interrupt the save. Under nohup it is ignored
+    as before."""
+    installed = {}
+    monkeypatch.setattr(signal, "signal", installed.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    stop = train.StopRequest()
+    stop.listen()
+    assert installed == {signal.SIGINT: stop, signal.SIGTERM: stop} and not stop
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    stop.listen()
+    for number in signal.SIGHUP, signal.SIGHUP, signal.SIGINT, signal.SIGHUP, signal.SIGTERM:
+        installed[number](number, None)
+    assert stop
+    with pytest.raises(SystemExit) as error:
+        stop(signal.SIGINT, None)
+    assert error.value.code == 130
+
+
+@pytest.mark.parametrize("what", ["stdout", "metrics"])
+def test_output_that_fails_ends_with_a_save(what, run, tmp_path, monkeypatch, capsys):
+    """`python train.py ... | head`, or a log on a full disk, lost all steps since the last save; a
+    full disk for metrics.jsonl was named nowhere."""
+    if what == "stdout":
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr(sys, "stdout", open(write, "w"))
+    else:
+        monkeypatch.setattr(metrics, "open", lambda *_, **__: open("/dev/full", "w"), raising=False)
+    train.main(["config_tiny.py", f"--out_dir={tmp_path / 'out'}"])
+    name = {"stdout": r"\d+", "metrics": "/dev/full"}[what]
+    assert re.fullmatch(rf"{name} cannot be written \(.*\), stopped after step 1; the same command "
+                        rf"continues from {tmp_path}/out/step_00000001\n", capsys.readouterr().err)
 
 
 def test_what_a_file_system_cannot_do(run, tmp_path, monkeypatch):
@@ -781,6 +817,8 @@ def stage(**changes):
     ([stage(mixture={"../prose": 1})], "'../prose' is not a plain folder name"),
     ([stage(ramp=64)], "ramp of 64 tokens.*the first stage has none"),
     ([FORK.replace('0.9}}', '0.9}, "ramp": 1296}')], "ramp of 1296 tokens.*stage, 1280"),
+    (["--data_dir="], "data_dir names nothing"),
+    (["--out_dir=run_caf\udce9"], "out_dir run_caf.* is not UTF-8"),
     (["--min_lr=0.01"], "min_lr must be at least 0 and below 0.01 .learning_rate., got 0.01")])
 def test_bad_recipes_are_refused(options, words, run, tmp_path):
     """Found after an hour of allocation and loading, a typo is expensive."""
