@@ -335,7 +335,7 @@ def test_a_task_that_breaks_is_left_out(run, folder, tmp_path):
 def test_a_model_of_nan_has_no_scores(run, folder, tmp_path):
     """The harness chose an answer by NaN and called it accuracy; a text's loss became NaN, which is
     no JSON."""
-    shutil.copytree(folder, tmp_path / "m")
+    shutil.copytree(folder, tmp_path / "m", ignore=shutil.ignore_patterns("eval"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
