@@ -280,10 +280,7 @@ def encode_prompt(text, tokenizer, context):
 
 def read_prompts(path, tokenizer, context):
     """[(text, ids), ...] of the prompts in a file, one per line; how many lines are unusable."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        sys.exit(f"{path} cannot be read: {error.strerror}")
+    lines = Path(path).read_bytes().splitlines()
     prompts = []
     for number, line in enumerate(lines, 1):
         text = line.decode("utf-8", "surrogateescape")

@@ -45,26 +45,20 @@ def train_tokenizer(texts, vocab_size):
             for line in text.split("\n"):
                 yield from (line[i:i + 4000] for i in range(0, len(line), 4000))
 
-    def train(**options):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20, minloglevel=2, **options)
-        return model.getvalue()
-
     if not any(lines()):
         sys.exit("there is nothing but newlines to train a tokenizer on")
     if vocab_size < 260:
         sys.exit(f"--vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and at "
                  "least one character need 260")
+    model = io.BytesIO()
     try:
-        model = train()
-        # In text without spaces (DNA), U+2581 is so rare that it gets no token. As three byte
-        # tokens it would no longer decode as a space.
-        if not sentencepiece.SentencePieceProcessor(model_proto=model).piece_to_id(SPACE):
-            model = train(required_chars=SPACE)
+        # in text without spaces (DNA), U+2581 is so rare that it would get no token, and as three
+        # byte tokens it would no longer decode as a space
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            required_chars=SPACE, max_sentence_length=1 << 20, minloglevel=2)
     except (RuntimeError, ValueError) as error:
         numbers = [int(word.strip(".")) for word in str(error).split() if word.strip(".").isdigit()]
         if "too high" in str(error):
@@ -74,7 +68,7 @@ def train_tokenizer(texts, vocab_size):
             sys.exit(f"--vocab_size={vocab_size} is too small for the characters of this text, "
                      f"which with the 256 bytes and 3 special tokens need {numbers[-1]}: give more")
         raise
-    return model
+    return model.getvalue()
 
 
 def load_tokenizer(path):

@@ -94,7 +94,7 @@ def run(capsys):
         code, message = 0, ""
         try:
             sample.main([str(a) for a in arguments])
-        except (SystemExit, InputError) as error:
+        except (SystemExit, InputError, OSError) as error:
             code, message = 1, str(error)
         printed = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, printed.out, printed.err + message)
@@ -477,7 +477,8 @@ def test_a_mistyped_path_is_no_name_of_the_hub(name, tmp_path, monkeypatch):
     (["--temperature=-1"], "temperature must be 0 or above, got -1"), (["--top_p=0"], "top_p"),
     (["--top_k=-1"], "top_k"), (["--max_new_tokens=0"], "max_new_tokens"),
     (["--num_samples=0"], "num_samples"), (["--guesses=0"], "guesses"), (["--batch=0"], "batch"),
-    (["--prompt=a", "--prompts=b"], "exclude one another"), (["--prompts=absent"], "absent cannot"),
+    (["--prompt=a", "--prompts=b"], "exclude one another"),
+    (["--prompts=absent"], "No such file or directory: 'absent'"),
     (["--draft=absent"], "no folder absent")])
 def test_bad_arguments_are_refused(arguments, words, run, folder):
     """A negative temperature would prefer the least likely token, without a word."""
