@@ -179,6 +179,8 @@ def test_forty_folders_against_transformers(seed, tokenizer_folder, tmp_path):
                 tokenizer.encode_prompt(prompt)
             continue
         assert ids == tokenizer.encode_prompt(prompt), (choices, prompt)
+        if prompt not in PROMPTS[:2]:
+            continue
         with torch.inference_mode():
             idx = torch.tensor([ids])
             torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=1e-4, atol=1e-4)
