@@ -314,11 +314,9 @@ def dataset_fingerprints(sources):
 @lru_cache      # printed at the start, recorded in each checkpoint: the code that was loaded
 def git_commit():
     """The commit of this code, with a + where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+",
+               "--exclude=*"]                                      # no names of tags
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True,
-                              text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{head}+" if changed else head
