@@ -335,8 +335,8 @@ def read_recipe(argv):
         sys.exit(f"out_dir {cfg.out_dir} is a file: name a folder, or what is to become one")
     if cfg.out_dir != cfg.out_dir.encode("utf-8", "replace").decode():
         sys.exit(f"out_dir {cfg.out_dir} is not UTF-8: a checkpoint there could not be read")
-    if cfg.warmup_steps * stages[0].batch >= sum(stage.steps * stage.batch for stage in stages):
-        most = (sum(stage.steps * stage.batch for stage in stages) - 1) // stages[0].batch
+    most = (sum(stage.steps * stage.batch for stage in stages) - 1) // stages[0].batch
+    if cfg.warmup_steps > most:
         sys.exit(f"warmup_steps {cfg.warmup_steps} must end before the run does: at most {most}, "
                  "in batches of the first stage")
     return cfg, stages
