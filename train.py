@@ -24,7 +24,6 @@ from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +182,8 @@ def read_batch(sources, rows, device):
     tokens = torch.from_numpy(np.stack([sources[name].window(i)
                                         for name, i in rows]))        # (rows, T + 1)
     if device.type == "cuda":
-        tokens = tokens.pin_memory()                                  # so that the copy can overlap
+        with torch.cuda.device(device):       # of this thread: else all ranks pin through GPU 0
+            tokens = tokens.pin_memory()                              # so that the copy can overlap
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -237,10 +237,7 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
         rows = data.sequences(run.stages, windows, cfg.seed, step)
         return rows, *read_batch(run.train, rows[world.rank::world.size], world.device)
 
-    # the CUDA device is per thread; without this every rank would pin memory through GPU 0
-    initializer = (partial(torch.cuda.set_device, world.device)
-                   if world.device.type == "cuda" and world.size > 1 else None)
-    with ThreadPoolExecutor(1, initializer=initializer) as prefetcher, tqdm(
+    with ThreadPoolExecutor(1) as prefetcher, tqdm(
             total=run.total_tokens, initial=data.tokens_after(run.stages, start.step, context),
             unit="tok", unit_scale=True, disable=True if world.rank else None) as bar:
         prefetched = prefetcher.submit(read_step, start.step)
