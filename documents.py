@@ -285,10 +285,6 @@ BOM = b"\xef\xbb\xbf"       # some editors mark UTF-8 by it, at the beginning of
 NAMED_ROWS = 20             # lost rows that are named; further ones are only counted
 
 
-class Strict(InputError):
-    """A row that gives no document, where --strict forbids that."""
-
-
 class TextReader:
     """Reads the documents of Files and counts the rows that give none: all of them in `reasons`, in
     `lost` those that should have. `messages` names the first of these and each file that breaks
@@ -299,7 +295,7 @@ class TextReader:
         self.reasons, self.lost, self.broken, self.messages = Counter(), 0, [], []
 
     def texts(self):
-        """Yields the documents. Raises Unreadable and Strict."""
+        """Yields the documents. Raises Unreadable, and InputError for a lost row if `strict`."""
         for file in self.files:
             with Input(file, self.report) as opened:
                 try:
@@ -308,7 +304,7 @@ class TextReader:
                             yield parse(row)
                         except Skip as skip:
                             self.count(skip.reason, skip.message and f"{where} {skip.message}")
-                except (Unreadable, Strict, MemoryError):
+                except (InputError, MemoryError):
                     raise
                 except Exception as error:        # what a decoder raises is up to the decoder
                     self.count("breaks off", f"{file.name} breaks off, and what comes is lost: "
@@ -318,7 +314,7 @@ class TextReader:
     def count(self, reason, message):
         self.reasons[reason] += 1
         if message and self.strict:
-            raise Strict(f"{message} (--strict)")
+            raise InputError(f"{message} (--strict)")
         if message:
             self.lost += 1
             if reason == "breaks off":

@@ -228,8 +228,8 @@ def remove_leftovers(out):
 
 def write_shard(i, corpus, encoder, scratch, strict, report):
     """Writes the token files of shard i, in the folder `scratch` until they are whole, and then its
-    record; returns messages about lost rows. Raises Unreadable, Strict or OSError, and then the
-    shard is not done."""
+    record; returns messages about lost rows. Raises InputError or OSError, and then the shard
+    is not done."""
     reader = TextReader(corpus.shards()[i], corpus.row_filter, strict, report)
     info = write_texts(Path(scratch), i, reader.texts(), encoder, corpus.val_fraction)
     for split in SPLITS:
