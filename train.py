@@ -22,7 +22,6 @@ import sys
 import time
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -168,7 +167,7 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
 
 def autocast(device, dtype):
     """The context of a forward pass: weights stay in fp32, matmuls are computed in `dtype`."""
-    return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def build_optimizer(model, cfg, fused=True):
