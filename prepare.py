@@ -33,6 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -371,27 +372,22 @@ def inspect_source(folder):
     """Prints what is in a source: its counts, and its first and last tokens decoded."""
     sources = {split: Source(folder, split, context=1) for split in SPLITS}
     sp, header = load_tokenizer(Path(folder) / "tokenizer.model"), sources["train"].header
-    info = read_json(Path(folder) / "source.json")
-    print_counts(folder, info)
+    print_counts(folder, {split: source.info for split, source in sources.items()})
     print(f"  vocabulary of {header.vocab_size:,}, BOS {header.bos_id}, EOS {header.eos_id}, "
-          f"tokenizer {info['tokenizer'][:12]}")
+          f"tokenizer {header.tokenizer_sha256[:12]}")
     for split, source in sources.items():
-        total = info[split]["tokens"]
-        if total:
+        if total := source.info["tokens"]:
             print(f"{split} begins {show(sp, source.read(0, min(total, 48)))}")
             print(f"{split} ends   {show(sp, source.read(max(0, total - 48), total))}")
 
 
 def show(sp, ids):
     """Ids as text on one line, control tokens by name."""
-    runs, text = [], ""
-    for i in map(int, ids):
-        if sp.is_control(i):
-            text += sp.decode(runs) + sp.id_to_piece(i)
-            runs = []
-        else:
-            runs.append(i)
-    return repr(text + sp.decode(runs))
+    text = ""
+    for control, run in groupby(ids.tolist(), sp.is_control):
+        run = list(run)
+        text += "".join(sp.id_to_piece(run)) if control else sp.decode(run)
+    return repr(text)
 
 
 # --------------------------------------------------------------------------------------------------
