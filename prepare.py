@@ -512,9 +512,6 @@ def main(argv):
     elif args.command == "inspect":
         inspect_source(args.source)
     else:
-        if not Path(args.out).name:
-            sys.exit(f"--out={args.out} names nothing: give a file for a tokenizer, "
-                     "a folder for a source")
         if not 0 < args.fraction <= 1:
             sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
         run = run_tokenizer if args.command == "tokenizer" else run_tokenize
