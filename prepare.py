@@ -185,7 +185,6 @@ def begin(corpus):
     begun, complete = (units / "plan.json").exists(), (out / "source.json").exists()
     if complete:
         compare_plans(out, read_json(out / "source.json").get("plan"), plan)
-        remove_leftovers(out)
         return True
     if others and not begun:
         sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
@@ -303,59 +302,53 @@ def run_shards(corpus, todo, workers, strict):
 
 
 def merge_shards(corpus):
-    """Writes source.json once all shards are done; returns it, or None before that. Several
-    processes may do so at the same time, as they write the same bytes."""
-    out, n = corpus.out, len(corpus.shards())
-    source = out / "source.json"
-    if not source.exists() and len(corpus.done()) == n:
-        try:
-            records = [read_json(corpus.record(i)) for i in range(n)]
-            info = {split: {key: sum(record[split][key] for record in records) for key in COUNTS}
-                    for split in SPLITS}
-            skipped = sum((Counter(record["skipped"]) for record in records), Counter())
-            write_metadata(out, corpus.model, info, corpus.val_fraction, {
-                "from": corpus.paths, "command": corpus.command(),
-                "skipped": dict(sorted(skipped.items())),
-                "lost": sum(record["lost"] for record in records),
-                "broken": [name for record in records for name in record["broken"]],
-                "plan": corpus.plan()})
-        except SystemExit:
-            remove_tokens(out)
-            remove_leftovers(out)
-            with contextlib.suppress(OSError):
-                out.rmdir()                          # unless somebody has put something in it
-            raise
-        except (InputError, OSError):
-            if not source.exists():                  # else another process has just done the same
-                raise
-    if source.exists():
-        remove_leftovers(out)
-        return read_json(source)
+    """Writes source.json, once all shards are done. Several processes may do so at the same time,
+    as they write the same bytes."""
+    records = [read_json(corpus.record(i)) for i in range(len(corpus.shards()))]
+    info = {split: {key: sum(record[split][key] for record in records) for key in COUNTS}
+            for split in SPLITS}
+    skipped = sum((Counter(record["skipped"]) for record in records), Counter())
+    try:
+        write_metadata(corpus.out, corpus.model, info, corpus.val_fraction, {
+            "from": corpus.paths, "command": corpus.command(),
+            "skipped": dict(sorted(skipped.items())),
+            "lost": sum(record["lost"] for record in records),
+            "broken": [name for record in records for name in record["broken"]],
+            "plan": corpus.plan()})
+    except SystemExit:                               # there is nothing to train on
+        remove_tokens(corpus.out)
+        remove_leftovers(corpus.out)
+        with contextlib.suppress(OSError):
+            corpus.out.rmdir()                       # unless somebody has put something in it
+        raise
 
 
 def tokenize(corpus, part, parts, workers, strict):
     """Does one of the parts of a corpus, and makes a source of it once all are done. Exits with
     3 if rows were lost, with 1 if files could not be read or the work was stopped."""
     out, n, unread = corpus.out, len(corpus.shards()), []
-    mine = range(part - 1, n, parts)
+    path, mine = out / "source.json", range(part - 1, n, parts)
     try:
         if not begin(corpus):
             unread = run_shards(corpus, sorted({*mine} - {*corpus.done()}), workers, strict)
+            if len(corpus.done()) == n:
+                merge_shards(corpus)
     except (InputError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt) as error:
         reasons = {KeyboardInterrupt: "stopped",
                    MemoryError: "out of memory, give fewer --workers",
                    BrokenProcessPool: "a worker was killed (for its memory, perhaps), or failed"}
         reason = reasons.get(type(error), getattr(error, "strerror", None) or error)
-        if not (out / "source.json").exists():           # else others have finished, even this part
+        if not path.exists():           # else others have finished, even this part
             sys.exit(f"{out}: {reason}; {len(corpus.done())} of {n} shards are done, and the same "
                      "command goes on from there")
-    source = merge_shards(corpus)
-    if source is None:
+    if not path.exists():
         done = corpus.done()
         print(f"{out}: {len(done)} of {n} shards are done")
         if unread:
             sys.exit("\n".join([*unread, "the same command tries them again"]))
         sys.exit(3 if any(read_json(corpus.record(i))["lost"] for i in done if i in mine) else 0)
+    remove_leftovers(out)
+    source = read_json(path)
     print_counts(out, source)
     for reason, count in source["skipped"].items():
         print(f"  rows skipped: {count:,}, {reason}")
