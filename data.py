@@ -37,6 +37,8 @@ A window in a batch is called a sequence, or a row of x. Recipes give batches in
 counts them in sequences.
 """
 import os
+from bisect import bisect_right
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -365,23 +367,17 @@ def sequences(stages, windows, seed, step):
     A source's turns are counted through the whole run, across stages: turn j takes element
     j mod W of the permutation of epoch j div W, for W windows.
     """
-    already_served = dict.fromkeys(windows, 0)
-    for stage in stages:
-        if step < stage.steps:
-            break
+    already_served, k = Counter(), bisect_right(stage_ends(stages), step)
+    for stage in stages[:k]:
+        already_served.update(sequences_per_source(stage, stage.steps * stage.batch))
         step -= stage.steps
-        for name, count in sequences_per_source(stage, stage.steps * stage.batch).items():
-            already_served[name] += count
-    else:
-        raise IndexError("the step is beyond the last stage")
-    first = sequences_per_source(stage, step * stage.batch)
-    last = sequences_per_source(stage, (step + 1) * stage.batch)
+    first = sequences_per_source(stages[k], step * stages[k].batch)
+    last = sequences_per_source(stages[k], (step + 1) * stages[k].batch)
     batch = []
     for name in first:
         turns = np.arange(first[name], last[name]) + already_served[name]
-        epochs = turns // windows[name]
+        epochs, indices = np.divmod(turns, windows[name])
         for epoch in np.unique(epochs):
-            indices = turns[epochs == epoch] % windows[name]
-            chosen = permute(indices, windows[name], seed, name, int(epoch))
+            chosen = permute(indices[epochs == epoch], windows[name], seed, name, int(epoch))
             batch += [(name, int(w)) for w in chosen]
     return batch
