@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import parse_stages, source_names, stage_ends, tokens_after
-from files import InputError, atomic_write, fsync, read_json, remove, sha256_file, write_json
+from files import InputError, atomic_write, read_json, remove, sha256_file, write_json
 from hf import checkpoints, hf_name, newest, read_config, safetensors_files
 from model import ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, local_shard
@@ -70,10 +70,8 @@ def write_checkpoint(run, model, weights, moments, state):
             for name in TOKENIZER_FILES:
                 if (file := Path(run.cfg.data_dir) / source.name / name).exists():
                     shutil.copyfile(file, folder / name)
-                    fsync(folder / name)
             save_file(moments, folder / "training/optimizer.safetensors")
             shutil.copymode(folder / "config.json", folder / "training/optimizer.safetensors")
-            fsync(folder / "training/optimizer.safetensors")
             files = {str(file.relative_to(folder)): {"bytes": file.stat().st_size,
                                                      "sha256": sha256_file(file)}
                      for file in sorted(folder.rglob("*")) if file.is_file()}

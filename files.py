@@ -25,7 +25,8 @@ def atomic_write(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        fsync(temporary)
+        for written in temporary, *temporary.rglob("*"):
+            fsync(written)
         os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
