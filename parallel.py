@@ -55,13 +55,11 @@ def init_distributed():
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")                              # the only one that gloo serves
+    # After a restart torchrun's store still holds the addresses of the dead processes
+    # (pytorch/pytorch#135712), so each start gets keys of its own. We count the starts ourselves:
+    # TORCHELASTIC_RESTART_COUNT differs between machines.
     store, _, _ = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # After a restart torchrun's store still holds the addresses of the dead processes
-        # (pytorch/pytorch#135712), so each start gets keys of its own. We count the starts
-        # ourselves: TORCHELASTIC_RESTART_COUNT differs between machines.
-        start = store.add(f"starts of rank {rank}", 1)
-        store = dist.PrefixStore(f"start {start}", store)
+    store = dist.PrefixStore(f"start {store.add(f'starts of rank {rank}', 1)}", store)
     # one hour: all others wait while rank 0 writes a checkpoint to a slow disk
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                             world_size=size, timeout=timedelta(hours=1))
