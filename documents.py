@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -413,10 +414,7 @@ def split_docstrings(source):
     """(docstrings, the source without them): no text of the one is in the other. Raises
     SyntaxError."""
     tree, raw = ast.parse(source), source.encode()
-    starts = [0]
-    for line in raw.split(b"\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    docs = []
+    starts, docs = [0, *accumulate(len(line) + 1 for line in raw.split(b"\n"))], []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef,
                              ast.AsyncFunctionDef)) and ast.get_docstring(node):
