@@ -232,9 +232,8 @@ def write_shard(i, corpus, encoder, scratch, strict, report):
     is not done."""
     reader = TextReader(corpus.shards()[i], corpus.row_filter, strict, report)
     info = write_texts(Path(scratch), i, reader.texts(), encoder, corpus.val_fraction)
-    for split in SPLITS:
-        name = f"{split}_{i:05}.bin"
-        os.replace(Path(scratch, name), corpus.out / name)
+    for path in Path(scratch).glob(f"*_{i:05}.bin"):
+        os.replace(path, corpus.out / path.name)
     write_json(corpus.record(i), info | {
         "skipped": dict(reader.reasons), "lost": reader.lost, "broken": reader.broken})
     return reader.messages
