@@ -249,7 +249,7 @@ def parse_stages(stages, context):
         before = parsed[-1].shares if ramp else shares
         parsed.append(Stage(-(-tokens // batch), batch // context, shares, before,
                             Fraction(ramp, context)))
-    require(parsed, "the recipe has no stages: it needs at least one")
+    require(parsed, "there are no stages: give a recipe, as in python train.py config_demo.py")
     return parsed
 
 

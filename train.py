@@ -317,9 +317,6 @@ def read_recipe(argv):
     """(TrainConfig, stages) of a command line, after every check that needs no data."""
     cfg = load_config(argv, TrainConfig)
     recipes = [Path(arg).stem.removeprefix("config_") for arg in argv if not arg.startswith("--")]
-    if not recipes and not cfg.stages:
-        sys.exit("usage: python train.py RECIPE.py [--key=value ...] [--plan], e.g. "
-                 "python train.py config_demo.py")
     stages = data.parse_stages(cfg.stages, cfg.context)
     if cfg.data:                           # one's own text with another recipe's stages
         cfg = replace(cfg, data="", stages=[
