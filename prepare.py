@@ -183,8 +183,8 @@ def begin(corpus):
     # others may begin or finish right now: temporary files do not count, source.json comes last
     others = any(path != units and path.suffix != ".tmp" for path in out.rglob("*"))
     begun, complete = (units / "plan.json").exists(), (out / "source.json").exists()
-    if complete:
-        compare_plans(out, read_json(out / "source.json").get("plan"), plan)
+    if complete and (old := read_json(out / "source.json").get("plan")):    # not if demo wrote it
+        compare_plans(out, old, plan)
         return True
     if others and not begun:
         sys.exit(f"{out} exists already, and is no source that was begun: remove it first, or "
@@ -202,8 +202,6 @@ def begin(corpus):
 
 def compare_plans(out, old, new):
     """Exits unless the two plans are the same, and says what differs."""
-    if old is None:
-        sys.exit(f"{out} exists already: remove it first, or choose another --out")
     words = {"tokenizer": "it is another tokenizer",
              "listing": "the files have other names or sizes"}
     differs = [words.get(key, f"{key} was {old.get(key)} and is {new[key]}")
