@@ -38,9 +38,6 @@ from hf import checkpoints, hf_name, newest, read_config, safetensors_files
 from model import ModelConfig
 from parallel import broadcast_from_rank0, full_tensor, local_shard
 
-TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-
-
 # --------------------------------------------------------------------------------------------------
 # Save and load
 
@@ -67,7 +64,7 @@ def write_checkpoint(run, model, weights, moments, state):
         with atomic_write(path) as folder:
             (folder / "training").mkdir(parents=True)
             model.save_pretrained(folder, source.header.bos_id, source.header.eos_id, weights)
-            for name in TOKENIZER_FILES:
+            for name in "tokenizer.model", "tokenizer.json", "tokenizer_config.json":
                 if (file := Path(run.cfg.data_dir) / source.name / name).exists():
                     shutil.copyfile(file, folder / name)
             save_file(moments, folder / "training/optimizer.safetensors")
