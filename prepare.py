@@ -31,7 +31,6 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -264,9 +263,9 @@ def run_shards(corpus, todo, workers, strict):
     shards, unread, workers = corpus.shards(), [], min(workers, len(todo))
     total = sum(file.size for i in todo for file in shards[i])
 
-    def collect(write):
+    def collect(write, *arguments):
         try:
-            for message in write():
+            for message in write(*arguments):
                 bar.write(message, sys.stderr)
         except Unreadable as error:
             unread.append(str(error))
@@ -278,7 +277,7 @@ def run_shards(corpus, todo, workers, strict):
         if workers <= 1:
             encoder = Encoder(corpus.model)
             for i in todo:
-                collect(partial(write_shard, i, corpus, encoder, scratch, strict, bar.update))
+                collect(write_shard, i, corpus, encoder, scratch, strict, bar.update)
             return unread
         context = multiprocessing.get_context("spawn")
         bytes_read, stop = context.RawValue("q", 0), context.RawValue("b", 0)
