@@ -54,13 +54,9 @@ from files import InputError, atomic_write, read_json, sha256_file
 MAGIC, VERSION, HEADER_BYTES = 20240104, 1, 1024
 
 
-class DataError(InputError):
-    """Data or a mixture that cannot be trained on; the message says which, and what to do."""
-
-
 def require(condition, message):
     if not condition:
-        raise DataError(message)
+        raise InputError(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,7 +84,7 @@ class Header:
 
 
 def read_header(path):
-    """The Header of a token file, after every check that needs no token. Raises DataError."""
+    """The Header of a token file, after every check that needs no token. Raises InputError."""
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
     require(len(raw) == HEADER_BYTES, f"{path} is truncated: {len(raw)} bytes, and the header "
@@ -159,7 +155,7 @@ class Source:
                     f"another BOS or EOS than {self.files[0]}: prepare the source again")
 
     def window(self, i):
-        """Window i: context + 1 ids in int64. Raises DataError for one outside the vocabulary."""
+        """Window i: context + 1 ids in int64. Raises InputError for one outside the vocabulary."""
         return self.read(i * self.context, (i + 1) * self.context + 1)
 
     def read(self, start, stop):
@@ -173,10 +169,10 @@ class Source:
                 self.files[f], self.header.dtype, count=last - first,
                 offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
         ids = np.concatenate(parts).astype(np.int64)
-        if (largest := ids.max()) >= self.header.vocab_size:
-            raise DataError(f"{self.files[f]}: id {largest} between tokens {start} and {stop}, and "
-                            f"the vocabulary ends at {self.header.vocab_size - 1}: the file is "
-                            "damaged, prepare it again")
+        last_id = self.header.vocab_size - 1
+        require(ids.max() <= last_id, f"{self.files[f]}: id {ids.max()} between tokens {start} and "
+                f"{stop}, and the vocabulary ends at {last_id}: the file is damaged, prepare it "
+                "again")
         return ids
 
 
@@ -186,8 +182,8 @@ def read_counts(folder, split, total):
         info = read_json(folder / "source.json")[split]
         tokens, _, _ = info["tokens"], info["documents"], info["bytes"]
     except (InputError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'source.json'} is damaged ({error!r}): "
-                        "prepare the source again") from None
+        raise InputError(f"{folder / 'source.json'} is damaged ({error!r}): "
+                         "prepare the source again") from None
     require(tokens == total, f"{folder}: source.json counts {tokens} tokens for {split}, its files "
             f"hold {total}: prepare the source again")
     return info
@@ -225,7 +221,7 @@ class Stage:
 
 def parse_stages(stages, context):
     """The list of Stages of a recipe's `stages`: dicts of tokens, batch (in tokens), mixture and,
-    where wanted, ramp (in tokens). A stage of N tokens has ceil(N / batch) steps. Raises DataError
+    where wanted, ramp (in tokens). A stage of N tokens has ceil(N / batch) steps. Raises InputError
     for what is not a recipe, naming stage and numbers."""
     parsed = []
     for k, stage in enumerate(stages, 1):

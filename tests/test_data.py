@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from data import (
-    DataError,
     Header,
     Source,
     parse_stages,
@@ -21,6 +20,7 @@ from data import (
     sequences_per_source,
     token_writer,
 )
+from files import InputError
 
 MODEL = b"any bytes do for a tokenizer: only their hash is read"
 HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer_sha256=sha256(MODEL).hexdigest())
@@ -73,7 +73,7 @@ def test_damaged_files_are_refused(tmp_path):
 
     def refused(raw, words):
         path.write_bytes(raw)
-        with pytest.raises(DataError, match=words) as error:
+        with pytest.raises(InputError, match=words) as error:
             Source(tmp_path / "s", "train", 8)
         assert str(path) in str(error.value)
 
@@ -81,7 +81,7 @@ def test_damaged_files_are_refused(tmp_path):
     refused(whole[:1000], "truncated")
     path.write_bytes(whole)
     (tmp_path / "s/tokenizer.model").unlink()
-    with pytest.raises(DataError, match="has no tokenizer.model: prepare the source again"):
+    with pytest.raises(InputError, match="has no tokenizer.model: prepare the source again"):
         Source(tmp_path / "s", "train", 8)
     (tmp_path / "s/tokenizer.model").write_bytes(MODEL)
     refused(b"", "truncated")
@@ -94,22 +94,22 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(whole[:1024 + 60] + b"\xff\xff" + whole[1024 + 62:])
     source = Source(tmp_path / "s", "train", 8)
     source.window(2)
-    with pytest.raises(DataError, match="id 65535"):
+    with pytest.raises(InputError, match="id 65535"):
         source.window(3)
 
 
 def test_incomplete_sources_are_refused(tmp_path):
     """A lost file would shorten an epoch in silence."""
-    with pytest.raises(DataError, match="prepare.py tokenize"):
+    with pytest.raises(InputError, match="prepare.py tokenize"):
         Source(tmp_path / "nothing", "train", 8)
-    with pytest.raises(DataError, match="prepare.py demo"):
+    with pytest.raises(InputError, match="prepare.py demo"):
         Source(tmp_path / "demo-prose", "train", 8)
     folder = write_source(tmp_path / "s", list(range(100)), list(range(50)))
     (folder / "train_00001.bin").unlink()
-    with pytest.raises(DataError, match="counts 150 tokens for train, its files hold 100"):
+    with pytest.raises(InputError, match="counts 150 tokens for train, its files hold 100"):
         Source(folder, "train", 8)
     (folder / "source.json").unlink()
-    with pytest.raises(DataError, match="source.json"):
+    with pytest.raises(InputError, match="source.json"):
         Source(folder, "train", 8)
 
 
@@ -288,16 +288,16 @@ def test_stages_of_the_paper():
     ({"tokens": float("inf")}, "inf")])
 def test_bad_stages_are_refused(change, words):
     """Each would train on something, and not on what was meant."""
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(InputError, match=words):
         parse_stages([{"tokens": 800, "batch": 80, "mixture": {"a": 1}} | change], 8)
 
 
 def test_a_ramp_longer_than_its_stage_is_refused():
     """It would end nowhere; and a negative one turned counts negative."""
     stage = {"tokens": 800, "batch": 80, "mixture": {"a": 1}}
-    with pytest.raises(DataError, match="ramp of 801.*800"):
+    with pytest.raises(InputError, match="ramp of 801.*800"):
         parse_stages([stage, stage | {"ramp": 801}], 8)
-    with pytest.raises(DataError, match="ramp of -80"):
+    with pytest.raises(InputError, match="ramp of -80"):
         parse_stages([stage, stage | {"ramp": -80}], 8)
-    with pytest.raises(DataError, match="no stages"):
+    with pytest.raises(InputError, match="no stages"):
         parse_stages([], 8)

@@ -29,7 +29,7 @@ import metrics
 import plan as planning
 import train
 from checkpoint import checkpoints, warn_numerics_changed
-from data import DataError, parse_stages, sequences, stage_ends, tokens_after
+from data import parse_stages, sequences, stage_ends, tokens_after
 from files import InputError, write_json
 from model import Llama
 from parallel import World, split_batch
@@ -780,7 +780,7 @@ def test_the_plan_has_the_papers_hours(tmp_path, monkeypatch, capsys):
 def test_a_plan_refuses_what_training_would(options, words, world, monkeypatch):
     """A plan of something impossible sends people to rent GPUs."""
     monkeypatch.chdir(world)
-    with pytest.raises((SystemExit, DataError), match=words):
+    with pytest.raises((SystemExit, InputError), match=words):
         train.main(["config_tiny.py", "--plan", *options])
 
 
@@ -839,7 +839,7 @@ def test_sources_of_two_tokenizers_are_refused(run, world):
     """The same id would mean two pieces, and the loss would fall all the same."""
     write_source(world / "data/other", ["some other text " * 40],
                  train_tokenizer([TEXT], 310), 0, "a test")
-    with pytest.raises(DataError, match="other and prose were written with different tokenizers"):
+    with pytest.raises(InputError, match="other and prose were written with different tokenizers"):
         run("--data=prose,other")
 
 
