@@ -132,17 +132,6 @@ class Int4(FrozenLinear):
         return torch.cat(sums)
 
 
-class Embedding(nn.Module):
-    """Rows of a weight in fp32: the residual stream stays in fp32, as it did in training."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("weight", weight)
-
-    def forward(self, idx):
-        return F.embedding(idx, self.weight).float()
-
-
 LINEAR_TYPES = {None: FrozenLinear, "int8": Int8, "int4": Int4}
 
 
@@ -152,7 +141,8 @@ def freeze_for_inference(model, quantize=None):
     model.requires_grad_(False)
     if model.config.tie_embeddings:
         model.head = LINEAR_TYPES[quantize](model.embed.weight)
-    model.embed = Embedding(model.embed.weight)
+    # the residual stream stays in fp32, as it did in training
+    model.embed.register_forward_hook(lambda module, args, x: x.float())
     for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         for name, child in module.named_children():
             if isinstance(child, Linear):       # each full weight is freed before the next is read
