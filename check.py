@@ -68,12 +68,6 @@ def attention_errors(device, dtype, B, T, S, masked=False, training=False):
 TRAINING = train.TrainConfig(n_layer=2, vocab_size=4096, context=512)
 
 
-@lru_cache                                       # a second each time, on a CPU
-def training_weights():
-    torch.manual_seed(0)
-    return model.Llama(TRAINING).init_weights().state_dict()
-
-
 def training_step(device, dtype, compiled=False, checkpointing=False):
     """{what: tensor} of the loss and all gradients, from the same weights and tokens anywhere."""
     model.LOSS_CHUNK = 512                       # so that the loss is computed in two chunks
@@ -81,8 +75,8 @@ def training_step(device, dtype, compiled=False, checkpointing=False):
         llama = model.Llama(TRAINING)
     wrapped_model = parallel.parallelize(llama, parallel.World(device), "none", dtype, compiled,
                                          checkpointing, recompute=checkpointing)
-    llama.load_state_dict(training_weights())
-    torch.manual_seed(1)
+    torch.manual_seed(0)
+    llama.load_state_dict(model.Llama(TRAINING).init_weights().state_dict())
     x, y = (torch.randint(3, 4096, (2, 512)).to(device) for _ in range(2))
     with train.autocast(device, dtype):
         loss = wrapped_model(x, y)
