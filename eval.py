@@ -366,13 +366,13 @@ def format_tables(evaluations, tasks, args):
 def plot_scores(evaluations, out):
     """Draws scores over the tokens seen to the PNG `out`, a panel for each task, a line for each
     run: figure 2 of the paper, with Pythia-1.4B and the checkpoints of TinyLlama v1.0."""
-    plt, panels = plot.pyplot(), defaultdict(lambda: defaultdict(list))
+    panels = defaultdict(lambda: defaultdict(list))
     for evaluation in evaluations:
         for task, (metric, value, error) in evaluation.scores.items():
             point = evaluation.tokens, value, error or 0
             panels[task, metric][str(evaluation.folder.parent)].append(point)
-    figure, axes = plt.subplots(len(panels), squeeze=False, layout="constrained",
-                                figsize=(6, 2.6 * len(panels)))
+    figure = plot.new_figure(figsize=(6, 2.6 * len(panels)))
+    axes = figure.subplots(len(panels), squeeze=False)
     published = {task: (i, suite) for suite in SUITES.values()
                  for i, (task, *_) in enumerate(suite.columns.values())}
     for ax, ((task, metric), lines) in zip(axes.flat, panels.items()):
@@ -515,7 +515,7 @@ def main(argv):
         if not (Path(text) / "source.json").exists():
             list_files([text])
     if len(folders) > 1:
-        plot.pyplot()
+        plot.new_figure()
     manager = find_tasks(tasks, args.include_path) if tasks else None
     for name, folder in folders.values():
         evaluation = evaluate_checkpoint(folder, tasks, manager, args)

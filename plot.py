@@ -70,22 +70,19 @@ def format_count(n, _=None):
     return f"{n:.0f}"
 
 
-def pyplot():
-    """matplotlib.pyplot, set up to draw into files: no screen is needed."""
+def new_figure(**options):
+    """A matplotlib Figure, to draw into a file: no screen is needed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         sys.exit("pictures need matplotlib: pip install matplotlib")
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    return plt
+    return Figure(**options, layout="constrained")
 
 
 def save_figure(figure, out):
     """Writes a figure to the PNG `out`, whole or not at all."""
     with atomic_write(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-    pyplot().close(figure)
 
 
 def mark_stages(axes, stages, labelled):
@@ -104,8 +101,8 @@ def mark_stages(axes, stages, labelled):
 
 def plot_runs(runs, out):
     """Plots {name: records} to the PNG `out`."""
-    figure, axes = pyplot().subplots(5, 1, sharex=True, figsize=(9, 10), layout="constrained",
-                                     height_ratios=(3, 3, 1, 1, 1))
+    figure = new_figure(figsize=(9, 10))
+    axes = figure.subplots(5, sharex=True, height_ratios=(3, 3, 1, 1, 1))
     loss, bits, rate, mixture, speed = axes
     sources = sorted({source for records in runs.values() for record in records
                       for key in ("mixture", "bits_per_byte") for source in record.get(key, ())})
