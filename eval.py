@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import plot
@@ -234,7 +235,6 @@ def run_task(lm, name, metric, shots, manager, args):
 # --------------------------------------------------------------------------------------------------
 # Bits per byte of a text
 
-IGNORED = -100       # a target that is not predicted
 HEAD_ROWS = 512      # hidden states that become logits together: 65 MB of them for 32,000 tokens
 
 
@@ -272,15 +272,13 @@ def read_windows(name, folder, tokenizer, context, args):
 @torch.inference_mode()
 def total_cross_entropy(model, windows):
     """The cross-entropy of all targets of a batch of windows, in nats."""
-    device, T = model.embed.weight.device, max(len(ids) for ids, _ in windows)
-    inputs = torch.zeros(len(windows), T, dtype=torch.long)
-    targets = torch.full((len(windows), T), IGNORED)
-    for row, (ids, wanted) in enumerate(windows):       # padding at the end: no token sees it
-        inputs[row, :len(ids)] = torch.tensor(ids)
-        targets[row, len(ids) - len(wanted):len(ids)] = torch.tensor(wanted)
-    inputs, targets = inputs.to(device), targets.to(device)
-    x = model.hidden_states(inputs)[targets != IGNORED]                           # (N, C)
-    targets = targets[targets != IGNORED]                                         # (N,)
+    device = model.embed.weight.device
+    # padded at the end: no token sees it
+    inputs = pad_sequence([torch.tensor(ids) for ids, _ in windows], batch_first=True)
+    states = model.hidden_states(inputs.to(device))                               # (B, T, C)
+    x = torch.cat([row[len(ids) - len(wanted):len(ids)]
+                   for row, (ids, wanted) in zip(states, windows)])               # (N, C)
+    targets = torch.tensor([i for _, wanted in windows for i in wanted], device=device)    # (N,)
     # a few hundred rows of logits at a time: all of them would be the largest tensor by far
     losses = [F.cross_entropy(model.head(rows).float(), wanted, reduction="none").cpu()
               for rows, wanted in zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS))]
