@@ -87,16 +87,23 @@ def synchronize(device):
         torch.accelerator.synchronize()
 
 
-def median_time(work, device, repeats=10):
-    """The median seconds of work(), after two calls to warm up."""
-    seconds = []
-    for _ in range(repeats + 2):
-        synchronize(device)
+def time_steps(step, seconds=0.0, least=5):
+    """The seconds of each step() for that long, of `least` steps at least, after three to warm up.
+    step() itself waits for the device."""
+    taken = []
+    while len(taken) < 3 + least or sum(taken[3:]) < seconds:
         start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return taken[3:]
+
+
+def median_time(work, device, repeats=10):
+    """The median seconds of work()."""
+    def step():
         work()
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[2:])
+    return median(time_steps(step, least=repeats))
 
 
 def machine_limits(device, dtype):
@@ -188,18 +195,6 @@ def unavailable(cfg, device):
     if not compiled:
         reasons["compilation"] = why_compiled
     return reasons
-
-
-def time_steps(step, seconds):
-    """The seconds of each step() for that long, of five steps at least, after three to warm up."""
-    for _ in range(3):
-        step()
-    taken, start = [], time.perf_counter()
-    while len(taken) < 5 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - before)
-    return taken
 
 
 def time_parts(step, wrapped_model, optimizer, device):
