@@ -176,25 +176,16 @@ def disable(optimizations):
         model.FusedLinearCrossEntropy = UnchunkedLoss
 
 
-def should_compile_training(cfg, device):
-    """(whether a run that is long enough would be compiled, why)."""
-    return choose_training_compile(cfg, device, math.inf)
-
-
 def unavailable(cfg, device):
     """{optimization: why this machine or this configuration has no use for it}."""
     dtype, why_dtype = find_dtype(device, cfg.dtype)
-    compiled, why_compiled = should_compile_training(cfg, device)
-    reasons = {}
-    if dtype == torch.float32:
-        reasons["bf16"] = why_dtype
-    if device.type != "cpu" or dtype == torch.float32:
-        reasons["chunked attention"] = "it is for CPUs in bf16"
-    if device.type != "cpu":
-        reasons["no malloc trim"] = "it is for CPUs"
-    if not compiled:
-        reasons["compilation"] = why_compiled
-    return reasons
+    compiled, why_compiled = choose_training_compile(cfg, device, math.inf)       # of a long run
+    in_fp32, on_cpu = dtype == torch.float32, device.type == "cpu"
+    cases = [("bf16", in_fp32, why_dtype),
+             ("chunked attention", in_fp32 or not on_cpu, "it is for CPUs in bf16"),
+             ("no malloc trim", not on_cpu, "it is for CPUs"),
+             ("compilation", not compiled, why_compiled)]
+    return {name: why for name, is_unavailable, why in cases if is_unavailable}
 
 
 def time_parts(step, wrapped_model, optimizer, device):
@@ -230,7 +221,8 @@ def measure_training(cfg, batch, seconds, disabled=()):
     if "no malloc trim" not in disabled:
         disable_malloc_trim()
     dtype = torch.float32 if "bf16" in disabled else find_dtype(device, cfg.dtype)[0]
-    compiled = "compilation" not in disabled and should_compile_training(cfg, device)[0]
+    compiled = ("compilation" not in disabled
+                and choose_training_compile(cfg, device, math.inf)[0])
     micro, _ = parallel.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)
@@ -270,7 +262,8 @@ def measure_transformers(cfg, batch, seconds):
     if cfg.activation_checkpointing:
         llama.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=cfg.learning_rate, fused=True)
-    called = torch.compile(llama) if should_compile_training(cfg, device)[0] else llama
+    compiled, _ = choose_training_compile(cfg, device, math.inf)
+    called = torch.compile(llama) if compiled else llama
     micro, parts = parallel.split_batch(batch, 1, cfg.micro_batch)
     x = torch.randint(3, cfg.vocab_size, (batch, cfg.context), device=device)
 
