@@ -37,6 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,17 +194,16 @@ def time_parts(step, wrapped_model, optimizer, device):
     is computed in the forward pass; clipping counts as backward."""
     marks = []
 
-    def mark(part):
+    def mark(part, *_):
         """A hook that notes: up to here it was this part."""
-        def hook(*_):
-            synchronize(device)
-            marks.append((part, time.perf_counter()))
-        return hook
+        synchronize(device)
+        marks.append((part, time.perf_counter()))
 
-    hooks = [wrapped_model.register_forward_pre_hook(mark("backward")),  # of the micro-batch before
-             wrapped_model.register_forward_hook(mark("forward")),
-             optimizer.register_step_pre_hook(mark("backward")),
-             optimizer.register_step_post_hook(mark("optimizer"))]
+    backward = partial(mark, "backward")         # before a forward pass: of the micro-batch before
+    hooks = [wrapped_model.register_forward_pre_hook(backward),
+             wrapped_model.register_forward_hook(partial(mark, "forward")),
+             optimizer.register_step_pre_hook(backward),
+             optimizer.register_step_post_hook(partial(mark, "optimizer"))]
     step()
     for hook in hooks:
         hook.remove()
@@ -509,8 +509,7 @@ def measure_encoder(tokenizer, texts, plain):
     return seconds, sha256(b"".join(ids)).hexdigest(), memory_used(cpu) - memory_before
 
 
-def read_corpora(args):
-    """({name: texts}, tokenizer model) of files, or of what Python brings."""
+def bench_prepare(args):
     if args.files and not args.tokenizer:
         sys.exit("files need a --tokenizer=FILE, a SentencePiece model")
     row_filter = RowFilter(args.text_key)
@@ -518,14 +517,10 @@ def read_corpora(args):
                for path in args.files} or {"documentation": documentation(),
                                            "modules": list(library_modules().values())}
     if args.tokenizer:
-        load_tokenizer(args.tokenizer)               # exits with a sentence if it is none
-        return corpora, Path(args.tokenizer).read_bytes()
-    print("training the demo's tokenizer")
-    return corpora, train_tokenizer(sum(corpora.values(), []), 4096)
-
-
-def bench_prepare(args):
-    corpora, tokenizer = read_corpora(args)
+        tokenizer = load_tokenizer(args.tokenizer).serialized_model_proto()
+    else:
+        print("training the demo's tokenizer")
+        tokenizer = train_tokenizer(sum(corpora.values(), []), 4096)
     results, memory = {}, 0
     print(f"{'MB/s of new text, one core':30}{'MB':>8}{'ours':>8}{'SentencePiece':>15}{'times':>9}")
     for name, texts in corpora.items():
