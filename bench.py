@@ -454,37 +454,33 @@ def bench_generate(args):
                 measure_generation, checkpoint, PRECISIONS[precision], args.batch, args.prompt,
                 args.tokens, compile))
     limit = max(limit, run_in_process(read_limit, device))
+    return print_generation(runs, args, dtype, limit)
+
+
+def print_generation(runs, args, dtype, limit):
+    """Prints what was measured, and returns it for the last line; `share` is that of the device's
+    reading speed."""
+    print(f"\n{'':12}{'tokens/s':>10}{'GB per step':>13}{'of limit':>10}{'prompt/s':>10}"
+          f"{'first, s':>10}{'memory':>11}{'load, s':>9}{'compile, s':>12}")
     results = {}
     for precision, found in runs.items():
         name = str(dtype).removeprefix("torch.") if precision == "full" else precision
-        results[name] = summarize_generation(found, args.batch, args.prompt, limit)
-    print_generation(results)
+        seconds, size = median(s for run in found for s in run["steps"]), found[0]["bytes"]
+        prefill, loading, compiling = (min(run[key] for run in found)
+                                       for key in ("prefill", "loading", "compiling"))
+        memory, share = max(run["memory"] for run in found), size / seconds / limit
+        results[name] = {
+            "tokens_per_second": args.batch / seconds,
+            "prompt_tokens_per_second": args.prompt / prefill, "time_to_first_token": prefill,
+            "bytes_per_step": size, "share": share, "loading": loading, "compiling": compiling,
+            "peak_memory": memory}
+        print(f"{name:12}{args.batch / seconds:10,.1f}{size / 1e9:13.3f}{share:10.0%}"
+              f"{args.prompt / prefill:10,.0f}{prefill:10.2f}{format_bytes(memory):>11}"
+              f"{loading:9.1f}{compiling:12.1f}")
     first, *_ = results.values()
     return {"tokens_per_second": first["tokens_per_second"],
             "peak_memory": max(row["peak_memory"] for row in results.values()),
             "read_bytes_per_second": limit, "results": results}
-
-
-def summarize_generation(runs, batch, prompt, limit):
-    """The numbers of one precision; `share` is that of the device's reading speed."""
-    seconds = median(s for run in runs for s in run["steps"])
-    prefill = min(run["prefill"] for run in runs)
-    return {"tokens_per_second": batch / seconds, "prompt_tokens_per_second": prompt / prefill,
-            "time_to_first_token": prefill, "bytes_per_step": runs[0]["bytes"],
-            "share": runs[0]["bytes"] / seconds / limit,
-            "loading": min(run["loading"] for run in runs),
-            "compiling": min(run["compiling"] for run in runs),
-            "peak_memory": max(run["memory"] for run in runs)}
-
-
-def print_generation(results):
-    print(f"\n{'':12}{'tokens/s':>10}{'GB per step':>13}{'of limit':>10}{'prompt/s':>10}"
-          f"{'first, s':>10}{'memory':>11}{'load, s':>9}{'compile, s':>12}")
-    for name, row in results.items():
-        print(f"{name:12}{row['tokens_per_second']:10,.1f}{row['bytes_per_step'] / 1e9:13.3f}"
-              f"{row['share']:10.0%}{row['prompt_tokens_per_second']:10,.0f}"
-              f"{row['time_to_first_token']:10.2f}{format_bytes(row['peak_memory']):>11}"
-              f"{row['loading']:9.1f}{row['compiling']:12.1f}")
 
 
 # --------------------------------------------------------------------------------------------------
