@@ -105,8 +105,12 @@ def resolve(cfg, stages, world):
 
     run = Run(cfg, stages, sources, val, world, *parallel.broadcast_from_rank0(world, decide))
     print(f"{parameters:,} parameters, {flops:,} FLOPs per token")
+    processes = f"{world.size} processes x " if world.size > 1 else ""
     for k, (stage, micro) in enumerate(zip(stages, run.micro_batches), 1):
-        print(f"stage {k}: {format_stage(stage, micro, world.size, cfg.context)}")
+        mixture = ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items())
+        print(f"stage {k}: {stage.steps} steps of {stage.batch * cfg.context:,} tokens = "
+              f"{processes}{stage.batch // micro // world.size} x {micro} sequences of "
+              f"{cfg.context}; {mixture}")
     print(format_memory(run, model))
     for name in sources.keys() - val.keys():
         print(f"{name} has no validation split of a whole window: it trains without one")
@@ -133,13 +137,6 @@ def choose_training_compile(cfg, device, flops):
                           "a long run" if pays else "too short a run to repay it")
 
 
-def format_stage(stage, micro, ranks, context):
-    processes = f"{ranks} processes x " if ranks > 1 else ""
-    mixture = ", ".join(f"{name} {float(share):.4g}" for name, share in stage.shares.items())
-    return (f"{stage.steps} steps of {stage.batch * context:,} tokens = {processes}"
-            f"{stage.batch // micro // ranks} x {micro} sequences of {context}; {mixture}")
-
-
 def format_memory(run, model, failed=False):
     device, micro = run.world.device, max(run.micro_batches)
     state, activations = parallel.estimate_memory(
@@ -161,10 +158,6 @@ def format_memory(run, model, failed=False):
 
 # --------------------------------------------------------------------------------------------------
 # --plan
-
-# of one A100-40G, arXiv 2401.02385v2, section 2.3
-PAPER_TOKENS_PER_SECOND = 24_000
-
 
 def plan(cfg, stages, lr_at):
     """What training will do, as a dict. `lr_at` is train.py's learning rate."""
@@ -196,8 +189,9 @@ def plan(cfg, stages, lr_at):
                    for name, source in sources.items()},
         "saved": saved, "kept": checkpoint.checkpoints_to_keep(saved, cfg, ends),
         "checkpoint_bytes": 12 * parameters,           # weights and two moments, in fp32
-        # another shape at the same FLOP/s
-        "paper_rate": PAPER_TOKENS_PER_SECOND * tinyllama.flops_per_token() / flops}
+        # another shape at the FLOP/s of 24,000 tokens/s of TinyLlama, of one A100-40G
+        # (arXiv 2401.02385v2, section 2.3)
+        "paper_rate": 24_000 * tinyllama.flops_per_token() / flops}
 
 
 def find_planned_start(cfg, ends, sources):
@@ -212,11 +206,11 @@ def find_planned_start(cfg, ends, sources):
         checkpoint.check_fork(path, state, cfg, state["sources"]
                               | checkpoint.dataset_fingerprints(sources))
         return cfg, state["step"]
-    for end in ends:
-        if path.name == f"step_{end:08d}":
-            return cfg, end
-    sys.exit(f"fork_from {path} is not at the end of a stage of this recipe: "
-             f"these are {', '.join(f'step_{end:08d}' for end in ends)}")
+    steps = {f"step_{end:08d}": end for end in ends}
+    if path.name not in steps:
+        sys.exit(f"fork_from {path} is not at the end of a stage of this recipe: "
+                 f"these are {', '.join(steps)}")
+    return cfg, steps[path.name]
 
 
 def print_plan(cfg, stages, lr_at):
