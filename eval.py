@@ -43,17 +43,17 @@ from sample import load_model
 # Suites: the tables of arXiv 2401.02385 (v1 and v2), and the tasks that they consist of
 
 class Suite(NamedTuple):
-    columns: dict        # title: (task of lm-evaluation-harness, metric, examples in the prompt)
+    columns: dict        # task of lm-evaluation-harness: (title, metric, examples in the prompt)
     published: dict      # row: score of each column and the average, in percent, as printed
     note: str            # how the published numbers were measured
 
 
 SUITES = {
     "commonsense": Suite(
-        {"HellaSwag": ("hellaswag", "acc_norm", 0), "OBQA": ("openbookqa", "acc_norm", 0),
-         "WinoGrande": ("winogrande", "acc", 0), "ARC-c": ("arc_challenge", "acc_norm", 0),
-         "ARC-e": ("arc_easy", "acc_norm", 0), "BoolQ": ("boolq", "acc", 0),
-         "PIQA": ("piqa", "acc_norm", 0)},
+        {"hellaswag": ("HellaSwag", "acc_norm", 0), "openbookqa": ("OBQA", "acc_norm", 0),
+         "winogrande": ("WinoGrande", "acc", 0), "arc_challenge": ("ARC-c", "acc_norm", 0),
+         "arc_easy": ("ARC-e", "acc_norm", 0), "boolq": ("BoolQ", "acc", 0),
+         "piqa": ("PIQA", "acc_norm", 0)},
         {"OPT-1.3B": (53.65, 33.40, 59.59, 29.44, 50.80, 60.83, 72.36, 51.44),
          # BoolQ: 60.83 in the repository's EVAL.md, 57.83 in the paper, whose average says 60.83
          "Pythia-1.0B": (47.16, 31.40, 53.43, 27.05, 48.99, 60.83, 69.21, 48.30),
@@ -65,8 +65,8 @@ SUITES = {
         "published 0-shot, without BOS, in fp32; acc_norm, by length in characters, but acc for "
         "WinoGrande and BoolQ"),
     "problem_solving": Suite(
-        {"MMLU": ("mmlu", "acc", 5), "BBH": ("bbh_fewshot", "exact_match", 3),
-         "HumanEval": ("humaneval", "pass@1", 0), "DROP": ("drop", "em", 3)},
+        {"mmlu": ("MMLU", "acc", 5), "bbh_fewshot": ("BBH", "exact_match", 3),
+         "humaneval": ("HumanEval", "pass@1", 0), "drop": ("DROP", "em", 3)},
         {"OPT-1.3B": (24.90, 28.57, 0.00, 14.32, 16.95),
          "Pythia-1.0B": (25.70, 28.19, 1.83, 4.25, 14.99),
          "Pythia-1.4B": (25.41, 29.01, 4.27, 12.27, 17.72),
@@ -77,8 +77,8 @@ SUITES = {
         "published numbers are InstructEval's, with BOS, other prompts, examples and matching of "
         "answers: near, not the same"),
     "chinese": Suite(
-        {"XWinograd": ("xwinograd_zh", "acc", 0), "XStoryCloze": ("xstorycloze_zh", "acc", 0),
-         "XNLI": ("xnli_zh", "acc", 0), "XCOPA": ("xcopa_zh", "acc", 0)},
+        {"xwinograd_zh": ("XWinograd", "acc", 0), "xstorycloze_zh": ("XStoryCloze", "acc", 0),
+         "xnli_zh": ("XNLI", "acc", 0), "xcopa_zh": ("XCOPA", "acc", 0)},
         {"OPT-1.3B": (54.96, 48.38, 33.45, 53.00, 47.45),
          "Pythia-1.0B": (60.31, 48.97, 33.77, 55.20, 49.56),
          "Pythia-1.4B": (60.51, 50.56, 35.38, 53.00, 49.86),
@@ -112,11 +112,10 @@ def require_finite(number):
 def parse_tasks(args):
     """{task: (metric, examples in a prompt)} of --tasks; None for what no suite says."""
     known = {task: (metric, shots) for suite in SUITES.values()
-             for task, metric, shots in suite.columns.values()}
+             for task, (_, metric, shots) in suite.columns.items()}
     tasks = {}
     for name in filter(None, map(str.strip, (args.tasks or "").split(","))):
-        names = [task for task, *_ in SUITES[name].columns.values()] if name in SUITES else [name]
-        for task in names:
+        for task in SUITES[name].columns if name in SUITES else [name]:
             metric, shots = known.get(task, (None, None))
             tasks[task] = metric, shots if args.num_fewshot is None else args.num_fewshot
     return tasks
@@ -317,15 +316,15 @@ def markdown_table(rows):
 def suite_table(suite, evaluations, tasks):
     """The columns of a suite that are among `tasks`, published rows first. An average is there only
     with all columns: one of half of them is no number of the paper."""
-    columns = [i for i, (task, *_) in enumerate(suite.columns.values()) if task in tasks]
+    columns = [i for i, task in enumerate(suite.columns) if task in tasks]
     if suite.published and len(columns) == len(suite.columns):
         columns.append(-1)
-    titles = [*suite.columns, "average"]
+    titles = [*(title for title, *_ in suite.columns.values()), "average"]
     rows = [["", *(titles[i] for i in columns)]]
     for name, scores in suite.published.items():
         rows.append([name, *(f"{scores[i]:.2f}" for i in columns)])
     for name, evaluation in evaluations.items():
-        scores = [evaluation.scores.get(task) for task, *_ in suite.columns.values()]
+        scores = [evaluation.scores.get(task) for task in suite.columns]
         cells = [format_score(*score) if score else "" for score in scores]
         mean = sum(score[1] for score in scores) / len(scores) if all(scores) else None
         cells.append("" if mean is None else f"{mean:.2f}")
@@ -343,16 +342,14 @@ def format_tables(evaluations, tasks, args):
     texts; at the end, how it was measured."""
     parts, in_suites = [], set()
     for suite in SUITES.values():
-        names = {task for task, *_ in suite.columns.values()}
-        in_suites |= names
-        if names & tasks.keys():
+        in_suites |= suite.columns.keys()
+        if suite.columns.keys() & tasks.keys():
             parts += [suite_table(suite, evaluations, tasks), suite.note]
-    others = {f"{task.removeprefix('text,')}, {metric}": (task, metric)
+    others = {task: (f"{task.removeprefix('text,')}, {metric}", metric)
               for evaluation in evaluations.values()
               for task, (metric, *_) in evaluation.scores.items() if task not in in_suites}
     if others:
-        names = {task for task, _ in others.values()}
-        parts.append(suite_table(Suite(others, {}, ""), evaluations, names))
+        parts.append(suite_table(Suite(others, {}, ""), evaluations, others))
     how = [f"{key} {getattr(args, key)}" for key in ("num_fewshot", "limit", "quantize")
            if getattr(args, key) is not None]
     if tasks:
@@ -372,7 +369,7 @@ def plot_scores(evaluations, out):
     figure = plot.new_figure(figsize=(6, 2.6 * len(panels)))
     axes = figure.subplots(len(panels), squeeze=False)
     published = {task: (i, suite) for suite in SUITES.values()
-                 for i, (task, *_) in enumerate(suite.columns.values())}
+                 for i, task in enumerate(suite.columns)}
     for ax, ((task, metric), lines) in zip(axes.flat, panels.items()):
         for run, points in lines.items():
             tokens, values, errors = zip(*sorted(points))
