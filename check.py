@@ -64,18 +64,16 @@ def attention_errors(device, dtype, B, T, S, masked=False, training=False):
     return errors
 
 
-TRAINING = train.TrainConfig(n_layer=2, vocab_size=4096, context=512)
-
-
 def training_step(device, dtype, compiled=False, checkpointing=False):
     """{what: tensor} of the loss and all gradients, from the same weights and tokens anywhere."""
     model.LOSS_CHUNK = 512                       # so that the loss is computed in two chunks
+    config = model.ModelConfig(n_layer=2, vocab_size=4096, context=512)
     with torch.device("meta"):
-        llama = model.Llama(TRAINING)
+        llama = model.Llama(config)
     wrapped_model = parallel.parallelize(llama, parallel.World(device), "none", dtype, compiled,
                                          checkpointing, recompute=checkpointing)
     torch.manual_seed(0)
-    llama.load_state_dict(model.Llama(TRAINING).init_weights().state_dict())
+    llama.load_state_dict(model.Llama(config).init_weights().state_dict())
     x, y = (torch.randint(3, 4096, (2, 512)).to(device) for _ in range(2))
     with train.autocast(device, dtype):
         loss = wrapped_model(x, y)
