@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from itertools import islice
@@ -89,6 +89,8 @@ SUITES = {
         "published 0-shot, acc; the paper names no harness"),
 }
 
+COLUMNS = ChainMap(*(suite.columns for suite in SUITES.values()))            # of all suites
+
 # the commonsense suite for checkpoints of v1.0, by tokens (EVAL.md of the original's repository)
 V1_SCORES = {
     105e9: (43.50, 29.80, 53.28, 24.32, 44.91, 59.66, 67.30),
@@ -111,12 +113,10 @@ def require_finite(number):
 
 def parse_tasks(args):
     """{task: (metric, examples in a prompt)} of --tasks; None for what no suite says."""
-    known = {task: (metric, shots) for suite in SUITES.values()
-             for task, (_, metric, shots) in suite.columns.items()}
     tasks = {}
     for name in filter(None, map(str.strip, (args.tasks or "").split(","))):
         for task in SUITES[name].columns if name in SUITES else [name]:
-            metric, shots = known.get(task, (None, None))
+            _, metric, shots = COLUMNS.get(task, (None, None, None))
             tasks[task] = metric, shots if args.num_fewshot is None else args.num_fewshot
     return tasks
 
@@ -340,14 +340,13 @@ def format_score(metric, value, error):
 def format_tables(evaluations, tasks, args):
     """All that was measured, in Markdown: a table for each suite, one for the other tasks and the
     texts; at the end, how it was measured."""
-    parts, in_suites = [], set()
+    parts = []
     for suite in SUITES.values():
-        in_suites |= suite.columns.keys()
         if suite.columns.keys() & tasks.keys():
             parts += [suite_table(suite, evaluations, tasks), suite.note]
     others = {task: (f"{task.removeprefix('text,')}, {metric}", metric)
               for evaluation in evaluations.values()
-              for task, (metric, *_) in evaluation.scores.items() if task not in in_suites}
+              for task, (metric, *_) in evaluation.scores.items() if task not in COLUMNS}
     if others:
         parts.append(suite_table(Suite(others, {}, ""), evaluations, others))
     how = [f"{key} {getattr(args, key)}" for key in ("num_fewshot", "limit", "quantize")
