@@ -440,7 +440,7 @@ class Evaluation:
     dtype: str
     tokens: int | None                           # seen in training; None where nothing says so
     scores: dict = field(default_factory=dict)   # {task or "text,FILE": (metric, value, error)}
-    skipped: list = field(default_factory=list)  # what could not be measured, or only in part
+    complete: bool = True                        # False: something is left out, or a part of it
 
 
 def run_or_skip(evaluation, name, args, work, *inputs):
@@ -456,11 +456,10 @@ def run_or_skip(evaluation, name, args, work, *inputs):
         if not isinstance(error, (SystemExit, InputError)):
             words = f"{type(error).__name__}: {words}"
         print(f"{name} is left out: {words}", file=sys.stderr)
-        evaluation.skipped.append(name)
+        evaluation.complete = False
         return
     evaluation.scores |= scores
-    if result.get("lost_rows"):
-        evaluation.skipped.append(name)
+    evaluation.complete &= not result.get("lost_rows")
     options = {key: getattr(args, key) for key in ("bos", "num_fewshot", "limit", "quantize",
                                                    "dtype", "text_key")}
     changed = [key if value is True else f"{key}={value}" for key, value in options.items()
@@ -523,7 +522,7 @@ def main(argv):
         out = args.out or str(folder.parent / "eval.png")
         plot_scores(drawn, out)
         print(out, file=sys.stderr)
-    if any(evaluation.skipped for evaluation in evaluations.values()):
+    if not all(evaluation.complete for evaluation in evaluations.values()):
         sys.exit(3)
 
 
