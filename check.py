@@ -11,7 +11,7 @@ each in a way that a run would, and exact attention on the CPU.
 """
 import sys
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch.nn.attention import sdpa_kernel
@@ -107,10 +107,10 @@ def main(argv):
     print(f"torch {torch.__version__}, {device_name(device)}, cuDNN "
           f"{torch.backends.cudnn.version()}, {f'not compiled: {error}' if error else 'compiled'}")
 
-    def report(what, limit, find_errors):
-        """Prints whether all of the errors that find_errors() returns are within the limit."""
+    def report(what, limit, find_errors, *how):
+        """Prints whether all of the errors that find_errors returns are within the limit."""
         try:
-            errors = find_errors()
+            errors = find_errors(device, *how)
             # not a number is unequal to itself: it counts as the largest error
             worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
             right = errors[worst] <= limit
@@ -125,23 +125,22 @@ def main(argv):
 
     def step_errors(*how):
         return {name: relative_error(value, exact_step[name])
-                for name, value in training_step(device, *how).items()}
+                for name, value in training_step(*how).items()}
 
     limits = {FP32: 1e-4, BF16: 1e-2} if find_dtype(device)[0] == BF16 else {FP32: 1e-4}
     ways = {"": False} if error else {"": False, ", compiled": True}
     for dtype, limit in limits.items():
         for what, *how in ATTENTION:
-            report(f"attention in {dtype}, {what}", limit,
-                   partial(attention_errors, device, dtype, *how))
+            report(f"attention in {dtype}, {what}", limit, attention_errors, dtype, *how)
         for words, compiled in ways.items():
-            report(f"a step in {dtype}{words}", 3 * limit, partial(step_errors, dtype, compiled))
+            report(f"a step in {dtype}{words}", 3 * limit, step_errors, dtype, compiled)
     if not error:                                # another graph, in the dtype that runs have here
         report(f"a step in {dtype}, compiled, checkpointed", 3 * limit,
-               partial(step_errors, dtype, True, True))
+               step_errors, dtype, True, True)
     for quantize in LINEAR_TYPES:
         for words, compiled in ways.items():
             report(f"text, {quantize or 'full'} weights{words}", 0.05,
-                   partial(text_errors, device, quantize, compiled))
+                   text_errors, quantize, compiled)
     sys.exit(f"{len(bad)} BAD: do not train or generate here with this PyTorch" if bad else 0)
 
 
