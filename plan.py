@@ -175,9 +175,8 @@ def plan(cfg, stages, lr_at):
     seen = [data.tokens_after(stages, step, cfg.context) for step in (start, *ends)]
     warmup = cfg.warmup_steps * stages[0].batch * cfg.context
     given = [data.sequences_per_source(stage, stage.steps * stage.batch) for stage in stages]
-    first_save = start // cfg.save_every * cfg.save_every + cfg.save_every
-    saved = sorted({*range(first_save, ends[-1] + 1, cfg.save_every),
-                    *(end for end in ends if end > start)})
+    saved = [step for step in range(start + 1, ends[-1] + 1)
+             if step % cfg.save_every == 0 or step in ends]
     return {
         "vocab_size": cfg.vocab_size, "parameters": parameters, "flops_per_token": flops,
         "start": start, "ends": ends, "tokens": seen[-1] - seen[0],
