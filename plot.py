@@ -11,8 +11,6 @@ from pathlib import Path
 
 from files import as_path, atomic_write, run_program
 
-LINE_STYLES = "-", "--", "-.", ":"                               # of the runs, in order
-
 
 def read_metrics(run):
     """The records of a run's folder, a list of dicts; without a last line that is being written."""
@@ -108,7 +106,7 @@ def plot_runs(runs, out):
                       for key in ("mixture", "bits_per_byte") for source in record.get(key, ())})
     labelled, starts = set(), []
     for i, (name, records) in enumerate(runs.items()):
-        look = {"linestyle": LINE_STYLES[i % len(LINE_STYLES)], "linewidth": 1.2, "marker": ".",
+        look = {"linestyle": ("-", "--", "-.", ":")[i % 4], "linewidth": 1.2, "marker": ".",
                 "markersize": 3}
         for ax, key in (loss, "loss"), (rate, "lr"), (speed, "tokens_per_second"):
             ax.plot(*read_series(records, key), color="black", label=name, **look)
