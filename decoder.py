@@ -9,7 +9,6 @@ import copy
 import math
 
 import torch
-import torch.nn as nn
 
 from device import compile_function
 from hf import ModelError
@@ -37,10 +36,8 @@ def should_compile(model, quantize, steps):
 def compile_steps(model):
     """The same model, sharing its weights, with blocks and head compiled for fixed shapes: all
     blocks share one graph, so that compiling takes seconds."""
-    compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)
-    compiled.blocks = nn.ModuleList(copy.copy(block) for block in model.blocks)
-    compiled.head = copy.copy(model.head)
+    weights = (*model.parameters(), *model.buffers())
+    compiled = copy.deepcopy(model, {id(weight): weight for weight in weights})
     for module in (*compiled.blocks, compiled.head):         # a product and its sum are one FMA
         module.forward = compile_function(
             module.forward, options={"cpp.enable_floating_point_contract_flag": "fast"})
