@@ -42,6 +42,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 
 import numpy as np
 import torch
@@ -93,9 +94,7 @@ def time_steps(step, seconds=0.0, least=5):
     step() itself waits for the device."""
     taken = []
     while len(taken) < 3 + least or sum(taken[3:]) < seconds:
-        start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
+        taken.append(timeit(step, number=1))
     return taken[3:]
 
 
@@ -403,12 +402,9 @@ def measure_generation(folder, quantize, batch, prompt, steps, compile):
     loading, vocab_size = time.perf_counter() - start, llama.config.vocab_size
     decoder = Decoder(llama, batch, prompt + steps, vocab_size, compile)
     ids = np.random.default_rng(0).integers(3, vocab_size, prompt).tolist()
+    compiling = timeit(lambda: decoder.warmup(1), number=1)
     with torch.inference_mode():
         prefill = median_time(lambda: decoder.prefill([ids]), device, 3)
-        decoder.prefill([ids], batch)
-        start = time.perf_counter()
-        decoder.decode(torch.zeros(batch, 1, dtype=torch.long, device=device))
-        compiling = time.perf_counter() - start
     marks = [time.perf_counter() for _ in generate(
         decoder, [ids], batch, steps, set(), lambda logits: logits.argmax(-1))]
     weights = sum(tensor.nbytes for module in decoder.model.modules()
