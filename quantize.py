@@ -143,8 +143,7 @@ def freeze_for_inference(model, quantize=None):
         model.head = LINEAR_TYPES[quantize](model.embed.weight)
     # the residual stream stays in fp32, as it did in training
     model.embed.register_forward_hook(lambda module, args, x: x.float())
-    for module in [m for m in model.modules() if not isinstance(m, Linear)]:
-        for name, child in module.named_children():
-            if isinstance(child, Linear):       # each full weight is freed before the next is read
-                setattr(module, name, LINEAR_TYPES[quantize](child.weight))
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:
+        # each full weight is freed before the next is read
+        model.set_submodule(name, LINEAR_TYPES[quantize](model.get_submodule(name).weight))
     return model.eval()
