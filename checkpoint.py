@@ -127,12 +127,13 @@ def lock_run(run):
     left. The kernel releases the lock however a process ends. A folder in which nothing was written
     is removed again."""
     is_new, path = not run.out_dir.exists(), run.out_dir / "lock"
-    lock = FileLock(path, fallback_to_soft=False)      # that lock would outlive a killed process
+    # a killed predecessor may still be dying; a soft lock would outlive it
+    lock = FileLock(path, timeout=5, fallback_to_soft=False)
 
     def acquire():
         run.out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=5)                    # a killed predecessor may still be dying
+            lock.acquire()
         except Timeout:
             sys.exit(f"another run is writing {run.out_dir}: {path.read_text()}; stop it, or take "
                      "another --out_dir")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from test_train import HERE, STEPS, assert_same_bits, records, start, weights, world  # noqa: F401
 
 import parallel
@@ -240,16 +241,19 @@ def test_a_wish_to_stop_is_everyones(world, tmp_path):
     assert (out / f"step_{last:08d}").is_dir() and not (out / "lock").exists()
 
 
-def test_a_folder_has_one_writer(world, tmp_path):
+def test_a_folder_has_one_writer(world, tmp_path, monkeypatch):
     """Two runs in a folder would write each other's checkpoints; but one that only waits for its
     killed predecessor to be gone must not give up."""
     out = tmp_path / "out"
     first = start(world, out, LONGER)
     wait_for_steps(out, 3, [first])
-    with pytest.raises(SystemExit, match=f"another run is writing {out}: process {first.pid} on "):
+    with monkeypatch.context() as impatient, pytest.raises(
+            SystemExit, match=f"another run is writing {out}: process {first.pid} on "):
+        impatient.setattr("checkpoint.FileLock", lambda path, timeout, **options: FileLock(
+            path, timeout / 50, **options))
         by_itself(world, out, LONGER)
     assert first.poll() is None
-    killer = threading.Timer(2, first.kill)
+    killer = threading.Timer(0.5, first.kill)
     killer.start()
     here = SimpleNamespace(out_dir=out, world=World(torch.device("cpu")))
     with lock_run(here):                                       # waits until the other is gone
