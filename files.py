@@ -130,7 +130,7 @@ def run_program(main, stopped="stopped"):
 
 
 def as_path(text):
-    """A path of a command line. Behind `=`, shells do not know that ~ is the home folder."""
+    """A path of a command line. After `=`, shells do not know that ~ is the home folder."""
     return os.path.expanduser(text) if text else sys.exit(
         "an empty path names nothing: give a file or a folder (an unset variable?)")
 
