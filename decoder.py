@@ -111,8 +111,7 @@ class Decoder:
         means nothing. To be called at the end, as it waits for the device."""
         if not math.isfinite(self.largest_logit):
             raise ModelError("logits are not finite: the weights hold NaN or infinite numbers, or "
-                             "are too large to compute with in this precision; --dtype=float32 "
-                             "helps against the latter")
+                             "are too large for this precision, and --dtype=float32 helps")
 
     @torch.inference_mode()
     def warmup(self, T):

@@ -74,7 +74,8 @@ def list_files(paths, out=None):
             reason = error.__cause__ or error if str(error) in path else error
             sys.exit(f"{path} cannot be opened: {reason}")
         if not sizes:
-            sys.exit(f"there is no file {path}, or none in it that can be read: only {FORMATS}")
+            sys.exit(f"there is no file {path}, or none in it that can be read: "
+                     f"only {FORMATS}; and not what is in --out")
         name = fs.unstrip_protocol
         if isinstance(fs, LocalFileSystem):
             name = str if os.path.isabs(path) else os.path.relpath

@@ -409,8 +409,7 @@ def parse_args(argv):
     add("--num_fewshot", type=int, help="examples in a prompt; default: the suite's or the task's")
     add("--limit", type=int, help="most questions of a task, documents or windows of a text")
     add("--batch", type=int, default=16, help="requests in a batch (%(default)s)")
-    add("--include_path", metavar="FOLDER", type=as_path,
-        help="with tasks of your own, in YAML")
+    add("--include_path", metavar="FOLDER", type=as_path, help="with tasks of your own, in YAML")
     add("--run_code", action="store_true", help="run code that the model writes on this machine, "
         "unprotected; HumanEval is left out without")
     add("--quantize", choices=[*filter(None, LINEAR_TYPES)], help="with --text only")

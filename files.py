@@ -117,6 +117,7 @@ def run_program(main, stopped="stopped"):
         json.dumps(error.object[error.start:error.end])[1:-1], error.end))
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="json", line_buffering=True)
+    sys.stderr = Output(sys.stderr)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -136,10 +137,10 @@ def as_path(text):
 
 
 class Output:
-    """A stream that may fail: its reader or terminal goes, its disk is full. For a run that is a
-    stop request, and what is written from then on is lost."""
+    """A stream that may fail: its reader or terminal goes, its disk is full. What is written from
+    then on is lost, and a run, if there is one, gets a stop request."""
 
-    def __init__(self, stream, stop_request):
+    def __init__(self, stream, stop_request=None):
         self.stream, self.stop_request = stream, stop_request
 
     def write(self, text):
@@ -147,7 +148,9 @@ class Output:
             print(text, end="", file=self.stream, flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self.stop_request.failure = f"{self.stream.name} cannot be written ({error.strerror}), "
+            if self.stop_request is not None:
+                self.stop_request.failure = (
+                    f"{self.stream.name} cannot be written ({error.strerror}), ")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

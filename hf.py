@@ -6,12 +6,12 @@ use half-split RoPE, so no weight is permuted.
 """
 import difflib
 import math
-import os
 import re
 import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from os.path import getmtime
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def safetensors_files(folder):
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict):
                 raise ModelError(f"{index} has no weight_map")
-            names = set(names.values())
+            names = set(map(str, names.values()))
         else:
             names = {path.name for path in folder.glob("model-*-of-*.safetensors")} or names
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
@@ -148,7 +148,10 @@ class HuggingFaceFolder:
         config = read_config(Path(folder), cls.config_class)
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device or "cpu")
+        try:
+            model = model.to(dtype).to_empty(device=device or "cpu")
+        except RuntimeError as error:                      # the allocator's, of a GPU or a CPU
+            raise ModelError(f"there is no memory for the model of {folder}: {error}") from None
         model.load_tensors(Path(folder))
         return model
 
@@ -193,26 +196,23 @@ def newest(run):
     return next(reversed(checkpoints(run).values()), None)
 
 
-def saved_at(checkpoint):
-    """When a checkpoint was saved, to compare it with others: by its state.json, as copying changes
-    the time of a file. Those in which it was not recorded yet come first."""
-    state = checkpoint / "training/state.json"
-    return read_json(state).get("time", 0), os.path.getmtime(state)
-
-
 def find_model(name):
     """The folder of a checkpoint: `name` is a folder, the folder of a run (its newest checkpoint),
     or a hub name; None means the newest checkpoint under out/. Exits where there is none."""
     if name is None:
-        found = [path for run in sorted(Path("out").glob("*"))
-                 if (path := newest(run)) and (path / "training/state.json").exists()]
+        found = [state for run in sorted(Path("out").glob("*")) if (path := newest(run))
+                 and (state := path / "training/state.json").exists()]
         if not found:
             sys.exit("there is no checkpoint under out/: "
                      "train one with python train.py config_demo.py, or name a folder")
-        return max(found, key=saved_at)
+        # copying changes the time of a file; but older checkpoints have not recorded theirs
+        last = max(found, key=lambda state: (read_json(state).get("time", 0), getmtime(state)))
+        return last.parent.parent
     folder = Path(name)
     if folder.is_dir():
         return folder if (folder / "config.json").exists() else newest(folder) or folder
+    if folder.exists():
+        sys.exit(f"{name} is a file: give the folder of its model, {folder.parent}")
     # OWNER/NAME is of the hub, unless it begins as a path here does
     if not re.fullmatch(r"\w[^/]*/[^/]+", name) or folder.parent.name == "out" \
             or folder.parent.is_dir():

@@ -84,8 +84,10 @@ def write_metadata(folder, model, info, val_fraction, more):
     if there is nothing to train on."""
     if not info["train"]["documents"]:
         n = info["val"]["documents"]
+        skipped = "".join(f"; rows skipped: {count:,}, {reason}"
+                          for reason, count in more.get("skipped", {}).items())
         sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
-                 f"below {val_fraction}" if n else "there is no text in these files")
+                 f"below {val_fraction}" if n else f"there is no text in these files{skipped}")
     write_tokenizer(folder, model)
     vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     write_json(folder / "source.json", info | {

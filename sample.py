@@ -17,6 +17,7 @@ Prompt and continuation go to standard output, samples separated by a line ---, 
 --prompts; everything else goes to standard error.
 """
 import argparse
+import codecs
 import json
 import math
 import sys
@@ -46,11 +47,6 @@ def load_model(folder, quantize=None, dtype=None):
     device = find_device()
     model = Llama.from_pretrained(folder, device, dtype or find_dtype(device)[0])
     return freeze_for_inference(model, quantize), Tokenizer(folder)
-
-
-def stored_bytes(model):
-    """The bytes that its weights take as stored."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +276,7 @@ def encode_prompt(text, tokenizer, context):
 
 def read_prompts(path, tokenizer, context):
     """[(text, ids), ...] of the prompts in a file, one per line; how many lines are unusable."""
-    lines = Path(path).read_bytes().splitlines()
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     prompts = []
     for number, line in enumerate(lines, 1):
         text = line.decode("utf-8", "surrogateescape")
@@ -362,8 +358,9 @@ def main(argv):
         prompts, skipped = read_prompts(args.prompts, tokenizer, context)
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
     kind = args.quantize or str(dtype).removeprefix("torch.")
+    stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     print(f"{folder}: {count_parameters(model):,} parameters in "
-          f"{stored_bytes(model) / 1e6:,.1f} MB, {kind}, {generator.device}", file=sys.stderr)
+          f"{stored / 1e6:,.1f} MB, {kind}, {generator.device}", file=sys.stderr)
 
     # the caches have room for the longest text, and for a step of draft tokens beyond its end
     at_once = min(len(prompts), max(1, args.batch // n))

@@ -157,6 +157,10 @@ def test_several_files_with_an_index(tmp_path):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens()), ours(tokens()))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}')
+    with pytest.raises(ModelError, match="has no None"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match="model-00002-of-00002"):
         Llama.from_pretrained(tmp_path)

@@ -216,14 +216,11 @@ PART_CHARS = 10 ** 6        # SentencePiece needs 40 times a text's memory: it g
 
 
 class Encoder:
-    """Encodes documents by a SentencePiece model, given as bytes or as a path. The ids are those of
+    """Encodes documents by a SentencePiece model (bytes). The ids are those of
     SentencePieceProcessor.encode, in a token file's form: little-endian uint16, or uint32 for more
     than 65,536 tokens. `backend` is "gigatoken" or "sentencepiece"."""
 
     def __init__(self, model):
-        if not isinstance(model, bytes):
-            load_tokenizer(model)                       # exits if it is none
-            model = Path(model).read_bytes()
         self.sp, self.inner = open_sentencepiece(model)
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
@@ -316,11 +313,13 @@ class Tokenizer:
         special = {text(token) for key, value in settings.items() if "token" in key
                    for token in (value if isinstance(value, list) else [value])}
         added = {token: (i, token in special) for token, i in more.items()}
-        added |= {token["content"]: (int(i), token["special"]) for i, token in (
+        added |= {token["content"]: (int(i), token.get("special", False)) for i, token in (
             *settings.get("added_tokens_decoder", {}).items(),
             *((token["id"], token) for token in contents.get("added_tokens", [])))}
         # after an added token older models see a space, as at the beginning of a text
-        self.open_libraries(added, contents, settings.get("legacy") is False and not contents)
+        of_llama = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+        legacy = settings.get("legacy", not of_llama) is not False or contents and not of_llama
+        self.open_libraries(added, contents, legacy, of_llama)
         self.rows = config.get("vocab_size", max(self.vocab.values()) + 1)
         self.size = min(max(self.vocab.values()) + 1, self.rows)
 
@@ -342,13 +341,13 @@ class Tokenizer:
         path = self.folder / f"{name}.json"
         return read_json(path) if path.exists() or name == "config" else {}
 
-    def open_libraries(self, added, contents, chunks_go_on):
+    def open_libraries(self, added, contents, legacy, of_llama):
         """Opens tokenizer.model, or tokenizer.json where it knows better. Exits if it can't."""
         self.sp, self.fast, reasons = None, None, []
         try:
             path = self.folder / "tokenizer.model"
             self.sp, inner = open_sentencepiece(path.read_bytes())
-            self.encode_chunk = (inner if chunks_go_on else self.sp).encode
+            self.encode_chunk = (self.sp if legacy else inner).encode
             n = len(self.sp)
             self.vocab = {self.sp.id_to_piece(i): i for i in range(n)}
             # a prompt is cut at these; decoded, they are nothing, or the tokens that spell them
@@ -360,12 +359,17 @@ class Tokenizer:
             self.vocab |= self.cuts
         except (RuntimeError, OSError) as error:
             reasons.append(explain(path, error))
-        if not self.sp or any(token["id"] >= n for token in contents.get("added_tokens", [])):
+        if not self.sp or any(token["id"] >= n or token.get("lstrip") or token.get("rstrip")
+                              for token in contents.get("added_tokens", [])):
             try:
                 import tokenizers
                 path = self.folder / "tokenizer.json"
                 self.fast = tokenizers.Tokenizer.from_file(str(path))
                 self.vocab = self.fast.get_vocab()
+                if of_llama:                  # transformers 5 replaces these parts of the file
+                    self.fast.normalizer = None
+                    self.fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                        SPACE, "always" if legacy else "first", split=False)
             except ImportError:
                 reasons.append("for its tokenizer.json: pip install tokenizers")
             except Exception as error:                     # the package raises bare ones

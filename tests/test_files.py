@@ -163,6 +163,7 @@ run_program(main, "stopped, as asked")
     ("$RUN print 2>/dev/null | head -c 1", 0, "{", ""),
     ("$RUN print 2>/dev/null >&-", 0, "", ""),
     ("$RUN print 2>&1 >/dev/full | tail -1", 1, "[Errno 28] No space left on device\n", ""),
+    ("$RUN print 2>/dev/full | tail -2", 0, "x\n\n", ""),
     ("$RUN open 2>&-", 0, "", ""), ("$RUN open <&- >&-", 0, "", "3\n"),
     ("$RUN child 2>&- | grep -c stderr", 0, "1\n", ""),
     ("$RUN input", 1, "", "no \u4e2d\n"),

@@ -18,8 +18,10 @@ from sample import Decoder, Tokenizer, generate, load_model
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+# a space at the beginning, or after a token, is left out: there the class LlamaTokenizer of
+# transformers 5 differs from SentencePiece, by which models were trained
 CHAT = ["<|im_start|>", "<|im_end|>", "[PAD]"]
-PROMPTS = ["Two roads", "<|im_start|>user\nTwo roads<|im_end|>\n<|im_start|>", "a</s>b <s> c",
+PROMPTS = ["Two roads", "<|im_start|>user\nTwo roads<|im_end|>\n<|im_start|>", "a</s>b <s>c",
            "é中\n<unk>"]
 WEIGHTS = "model.safetensors"
 
@@ -56,7 +58,9 @@ def make_folder(folder, seed, tokenizer_folder):
         "weights": chance.choice(["whole", "sharded", "no index", "stale index", "buffers"]),
         "tied": chance.choice(["", "", "embedding", "head", "differs"]),
         "rows": chance.choice([320, 352, 310]), "dtype": chance.choice(["float32", "bfloat16"]),
-        "legacy": chance.choice([None, True, False])}
+        "legacy": chance.choice([None, True, False]),
+        "class": chance.choice(["PreTrainedTokenizerFast", "LlamaTokenizer"]),
+        "strip": chance.choice([False, False, True])}
     if choices["files"] in ("json", "damaged model") and choices["added"]:
         choices["added"] = "in tokenizer.json"     # transformers gives others ids of its own choice
     known = 323 if choices["added"] else 320
@@ -101,10 +105,14 @@ def make_folder(folder, seed, tokenizer_folder):
     if choices["bos"] == "none":
         edit(folder / "tokenizer.json", lambda t: t.update(post_processor=None))
         edit(folder / "tokenizer_config.json", lambda t: t.update(add_bos_token=False))
+    if choices["strip"]:
+        edit(folder / "tokenizer.json", lambda t: [
+            token.update(rstrip=True) for token in t["added_tokens"]])
+    edit(folder / "tokenizer_config.json", lambda t: t.update(tokenizer_class=choices["class"]))
+    if choices["legacy"] is not None:
+        edit(folder / "tokenizer_config.json", lambda t: t.update(legacy=choices["legacy"]))
     if choices["files"] == "model":
         (folder / "tokenizer.json").unlink()
-        if choices["legacy"] is not None:
-            edit(folder / "tokenizer_config.json", lambda t: t.update(legacy=choices["legacy"]))
     if choices["files"] == "json":
         (folder / "tokenizer.model").unlink()
     if choices["files"] == "damaged model":

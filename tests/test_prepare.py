@@ -286,6 +286,10 @@ def test_rows_are_chosen(name, make, folder, tmp_path, capsys):
     assert "rows skipped: 12, meta.set=S1\n" in printed
     assert "rows skipped: 1, meta.set=S1 and meta.n=4" in printed
     assert "no row was excluded by meta.nothing" in printed and "by meta.n=" not in printed
+    # where nothing is left, it is said what became of it
+    message = tokenize(folder, *common, f"--out={tmp_path / 'none'}",
+                       *(f"--exclude=meta.set=S{k}" for k in range(3)))
+    assert message.startswith("there is no text in these files; rows skipped: 14, meta.set=S0")
     # a fraction is chosen by hash: the smaller lies in the larger, and in no run of the file
     taken = []
     for fraction in 0.2, 0.6:

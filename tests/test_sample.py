@@ -1,5 +1,6 @@
 """Proofs of sample.py: the same text by every way, the right distribution, and nothing but text on
 standard output."""
+import codecs
 import json
 import math
 import os
@@ -497,8 +498,8 @@ def test_many_prompts(run, folder, tmp_path):
     """One line each, in order, several samples, of the model's text alone; what cannot be used is
     named, and costs the others nothing."""
     file = tmp_path / "prompts.txt"
-    file.write_bytes(b"Two roads\n\nThe \xff dog\nTwo roads diverged \xe2\x80\x94\r\n"
-                     + b"fox " * 99 + b"\n")
+    file.write_bytes(codecs.BOM_UTF8 + b"Two roads\n\nThe \xff dog\n"
+                     b"Two roads diverged \xe2\x80\x94\r\n" + b"fox " * 99 + b"\n")
     for batch, n in ((1, 1), (2, 1), (16, 1), (3, 2), (16, 3)):
         done = run(folder, f"--prompts={file}", "--temperature=0", f"--batch={batch}",
                    f"--num_samples={n}")
@@ -578,6 +579,8 @@ def test_bad_folders_are_refused(run, folder, tmp_path):
                                        (m / "tokenizer.json").write_bytes(b"x")])
     refused("ends with [320], but only ids below 320", lambda m: (
         m / "generation_config.json").write_text('{"eos_token_id": 320}'))
+    refused("no memory for", lambda m: (m / "config.json").write_text(
+        (m / "config.json").read_text().replace(": 320", f": {10 ** 13}")))
     refused("files in", lambda m: (m / "added_tokens.json").write_text('{"<x>": "y"}'))
     refused("generation_config.json", lambda m: (m / "generation_config.json").write_text("3"))
     refused("model.safetensors", lambda m: (m / "model.safetensors").write_bytes(
@@ -588,6 +591,8 @@ def test_bad_folders_are_refused(run, folder, tmp_path):
     assert run(tmp_path / "m", "--temperature=9").returncode == 0
     done = run(tmp_path / "m", "--prompt=Two")
     assert done.returncode == 1 and "knows only 9" in done.stderr and not done.stdout
+    done = run(folder / "config.json")
+    assert done.returncode == 1 and "is a file: give the folder" in done.stderr
     done = start(tmp_path / "nowhere")
     assert done.returncode == 1 and "no folder" in done.stderr and "Traceback" not in done.stderr
 
