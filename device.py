@@ -98,7 +98,7 @@ def compile_error(device):
         torch.compile(lambda x: x.cos() + 1, dynamic=False)(x)
     except Exception as error:
         lines = str(error).splitlines() or [repr(error)]
-        return next((line for line in lines if "error: " in line), lines[0])
+        return next((line for line in lines if "error: " in line), lines[0])[:200]
 
 
 def compile_function(function, **options):

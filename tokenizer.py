@@ -101,13 +101,6 @@ def parse_model(model):
     return ModelProto.FromString(model)
 
 
-def open_sentencepiece(model):
-    """Two processors of a SentencePiece model (bytes). The second puts no space before a text."""
-    sp, spec = sentencepiece.SentencePieceProcessor(model_proto=model), parse_model(model)
-    spec.normalizer_spec.add_dummy_prefix = False
-    return sp, sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-
-
 def llama_style(model):
     """Whether tokenizer.json can express a SentencePiece model (bytes): BPE with byte fallback that
     changes nothing but spaces to U+2581, with one put in front, and whose merges have an order."""
@@ -221,7 +214,7 @@ class Encoder:
     than 65,536 tokens. `backend` is "gigatoken" or "sentencepiece"."""
 
     def __init__(self, model):
-        self.sp, self.inner = open_sentencepiece(model)
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.tokenizer_sha256 = sha256(model).hexdigest()
         self.dtype = Header(len(self.sp), 0, 0, "").dtype
         contents, tokens = export(model), map(self.sp.id_to_piece, range(len(self.sp)))
@@ -255,15 +248,15 @@ class Encoder:
 
     def encode_by_sentencepiece(self, text):
         """SentencePiece's ids of a text. Where newlines merge with nothing, a long text is encoded
-        in parts that begin with one."""
+        in parts that begin with one, and the space that is put in front of each is left out."""
         if self.newline_merges or len(text) <= PART_CHARS:
             return self.sp.encode(text)
-        parts, start = [], 0
+        space, parts, start = len(self.sp.encode("\n")) - 1, [], 0
         while start < len(text):
             stop = text.find("\n", start + PART_CHARS)
             stop = stop if stop > 0 else len(text)
-            encode = (self.inner if start else self.sp).encode
-            parts.append(np.array(encode(text[start:stop]), self.dtype))
+            ids = self.sp.encode(text[start:stop])
+            parts.append(np.array(ids[space:] if start else ids, self.dtype))
             start = stop
         return np.concatenate(parts)
 
@@ -346,15 +339,15 @@ class Tokenizer:
         self.sp, self.fast, reasons = None, None, []
         try:
             path = self.folder / "tokenizer.model"
-            self.sp, inner = open_sentencepiece(path.read_bytes())
-            self.encode_chunk = (self.sp if legacy else inner).encode
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.encode_chunk = self.sp.encode if legacy else self.encode_within
             n = len(self.sp)
             self.vocab = {self.sp.id_to_piece(i): i for i in range(n)}
             # a prompt is cut at these; decoded, they are nothing, or the tokens that spell them
             self.cuts = {token: i for token, (i, _) in added.items()} | {
                 token: i for token, i in self.vocab.items()
                 if self.sp.is_control(i) or self.sp.is_unknown(i)}
-            self.spelled = {i: [] if special else inner.encode(token)
+            self.spelled = {i: [] if special else self.encode_within(token)
                             for token, (i, special) in added.items() if i >= n}
             self.vocab |= self.cuts
         except (RuntimeError, OSError) as error:
@@ -377,6 +370,10 @@ class Tokenizer:
         if not self.sp and not self.fast:
             sys.exit(f"{self.folder} has no tokenizer that can be read ({'; '.join(reasons)}): "
                      "put its tokenizer.model or tokenizer.json there")
+
+    def encode_within(self, text):
+        """SentencePiece's ids where it is to put no space in front: after a newline."""
+        return self.sp.encode("\n" + text)[len(self.sp.encode("\n")):]
 
     def encode(self, text):
         if not self.fast:
