@@ -169,10 +169,10 @@ class Source:
                 self.files[f], self.header.dtype, count=last - first,
                 offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
         ids = np.concatenate(parts).astype(np.int64)
-        last_id = self.header.vocab_size - 1
-        require(ids.max() <= last_id, f"{self.files[f]}: id {ids.max()} between tokens {start} and "
-                f"{stop}, and the vocabulary ends at {last_id}: the file is damaged, prepare it "
-                "again")
+        if (largest := ids.max()) >= self.header.vocab_size:
+            raise InputError(f"{self.files[f]}: id {largest} between tokens {start} and {stop}, "
+                             f"and the vocabulary ends at {self.header.vocab_size - 1}: the file "
+                             "is damaged, prepare it again")
         return ids
 
 

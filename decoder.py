@@ -11,7 +11,7 @@ import math
 import torch
 
 from device import compile_function
-from hf import ModelError
+from files import InputError
 from model import KVCache, Llama
 
 PREFILL_TOKENS = 512         # short prompts run together, as long as they have no more tokens
@@ -107,10 +107,10 @@ class Decoder:
         return logits
 
     def require_finite(self):
-        """Raises ModelError if a logit since the prefill was NaN or infinite: what was sampled then
+        """Raises InputError if a logit since the prefill was NaN or infinite: what was sampled then
         means nothing. To be called at the end, as it waits for the device."""
         if not math.isfinite(self.largest_logit):
-            raise ModelError("logits are not finite: the weights hold NaN or infinite numbers, or "
+            raise InputError("logits are not finite: the weights hold NaN or infinite numbers, or "
                              "are too large for this precision, and --dtype=float32 helps")
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from files import LFS_POINTER, InputError
+from files import LFS_POINTER, InputError, print_once
 
 zstd = None                                                     # only .zst files need it
 for module in "backports.zstd", "compression.zstd":             # the latter from Python 3.14 on
@@ -65,7 +65,7 @@ def list_files(paths, out=None):
     """The Files that a list of paths, folders and patterns names, in this order, those of a folder
     or a pattern sorted by path; none in the folder `out`. Exits if a path names nothing that can be
     read, or if a file is named twice."""
-    files, out = {}, os.path.abspath(out) if out else None
+    files, out = {}, os.path.realpath(out) if out else None
     for path in paths:
         try:
             fs, inner = fsspec.core.url_to_fs(path)
@@ -112,7 +112,7 @@ def find_files(fs, path, out):
     while todo:
         name, info, parts = todo.pop()
         if info["type"] == "directory" or local and os.path.isdir(name):
-            if (here := (os.path.realpath(name), *parts)) in seen or name == out:
+            if (here := (os.path.realpath(name), *parts)) in seen or here[0] == out:
                 continue
             seen.add(here)                                          # links may go in circles
             part, *rest = parts or ["**"]
@@ -135,8 +135,8 @@ def find_files(fs, path, out):
         else:
             sizes[name] = info["size"] or 0
     if others:
-        print(f"{path}: files that are not read, going by their names: {len(others):,} "
-              f"({min(others)}, ...)", file=sys.stderr)
+        print_once(f"{path}: files that are not read, going by their names: {len(others):,} "
+                   f"({min(others)}, ...)", file=sys.stderr)
     return dict(sorted(sizes.items()))
 
 

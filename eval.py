@@ -104,8 +104,7 @@ V1_SCORES = {
 
 def require_finite(number):
     if not math.isfinite(number):
-        raise InputError(f"what the model computes is not finite, {number}: its weights hold NaN "
-                         "or infinite numbers, or are too large for this precision")
+        raise InputError(f"{number} is not finite: weights are NaN, infinite or too large")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +209,8 @@ def run_task(lm, name, metric, shots, manager, args):
     import lm_eval
     # from NaN the harness would choose an answer
     with torch.inference_mode():
-        require_finite(lm.model(torch.zeros(1, 1, dtype=torch.long, device=lm.device)).logits.sum())
+        logits = lm.model(torch.zeros(1, 1, dtype=torch.long, device=lm.device)).logits
+        require_finite(sum(x.abs().amax() for x in (*lm.model.parameters(), logits)))
     lm.cut, start = 0, time.perf_counter()
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
     os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process

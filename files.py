@@ -126,7 +126,8 @@ def run_program(main, stopped="stopped"):
     except (InputError, OSError) as error:
         # what still waits to be printed would fail again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):                               # as of `| head`
+        # of `| head`, unless an Output has taken care of that
+        if not isinstance(error, BrokenPipeError) or isinstance(sys.stdout, Output):
             sys.exit(str(error))
 
 

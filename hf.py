@@ -20,11 +20,6 @@ from safetensors.torch import save_file
 
 from files import InputError, atomic_write, explain, read_json, write_json
 
-
-class ModelError(InputError):
-    """A model that cannot be built, or a folder that does not hold one this file can read."""
-
-
 HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
               "head": "lm_head", "attn_norm": "input_layernorm", "attn": "self_attn",
               "mlp_norm": "post_attention_layernorm",
@@ -48,12 +43,12 @@ def hf_name(name):
 
 
 def config_from_hf(hf, config_class):
-    """The `config_class`, a model.ModelConfig, of a config.json (a dict). Raises ModelError naming
+    """The `config_class`, a model.ModelConfig, of a config.json (a dict). Raises InputError naming
     each setting that model.py does not implement."""
     hf = {key: value for key, value in hf.items() if value is not None}
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}          # transformers 5 | 4
     if not isinstance(rope, dict):
-        raise ModelError(f"config.json: the rope settings must be an object, got {rope!r}")
+        raise InputError(f"config.json: the rope settings must be an object, got {rope!r}")
     # where a config.json is silent, `transformers` assumes these values
     hf = {"num_key_value_heads": hf.get("num_attention_heads"), "rms_norm_eps": 1e-6,
           "max_position_embeddings": 2048, "rope_theta": 10_000.0, "tie_word_embeddings": False,
@@ -63,14 +58,14 @@ def config_from_hf(hf, config_class):
     refused = [f"{key} = {hf[key]!r} (only {value!r})" for key, value in only.items()
                if hf.get(key, value) != value]
     if refused:
-        raise ModelError(f"unsupported config.json: {', '.join(refused)}")
+        raise InputError(f"unsupported config.json: {', '.join(refused)}")
     for ours, theirs in HF_CONFIG.items():
         kind, value = type(getattr(config_class, ours)), hf.get(theirs)
         if type(value) is not kind and (type(value), kind) != (int, float):
-            raise ModelError(f"config.json: {theirs} must be {kind.__name__}, got {value!r}")
+            raise InputError(f"config.json: {theirs} must be {kind.__name__}, got {value!r}")
     config = config_class(**{ours: hf[theirs] for ours, theirs in HF_CONFIG.items()})
     if hf.get("head_dim", config.head_dim) != config.head_dim:
-        raise ModelError(f"unsupported config.json: head_dim = {hf['head_dim']} "
+        raise InputError(f"unsupported config.json: head_dim = {hf['head_dim']} "
                          f"(only hidden_size / num_attention_heads = {config.head_dim})")
     return config
 
@@ -83,25 +78,25 @@ def safetensors_files(folder):
         if index.exists():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict):
-                raise ModelError(f"{index} has no weight_map")
+                raise InputError(f"{index} has no weight_map")
             names = set(map(str, names.values()))
         else:
             names = {path.name for path in folder.glob("model-*-of-*.safetensors")} or names
     absent = [name for name in sorted(names) if not (folder / name).is_file()]
     if absent:
-        raise ModelError(f"{folder} has no {', '.join(absent)} "
+        raise InputError(f"{folder} has no {', '.join(absent)} "
                          "(of weights, only safetensors files are read)")
     return [folder / name for name in sorted(names)]
 
 
 @contextmanager
 def open_weights(path):
-    """A safetensors file, opened. Raises ModelError where it cannot be read."""
+    """A safetensors file, opened. Raises InputError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read, it is truncated or no safetensors file "
+        raise InputError(f"{path} cannot be read, it is truncated or no safetensors file "
                          f"({explain(path, error)})") from None
 
 
@@ -151,7 +146,7 @@ class HuggingFaceFolder:
         try:
             model = model.to(dtype).to_empty(device=device or "cpu")
         except RuntimeError as error:                      # the allocator's, of a GPU or a CPU
-            raise ModelError(f"there is no memory for the model of {folder}: {error}") from None
+            raise InputError(f"{folder} cannot be put on {device or 'cpu'}: {error}") from None
         model.load_tensors(Path(folder))
         return model
 
@@ -169,7 +164,7 @@ class HuggingFaceFolder:
                     if name in parameters:
                         p, tensor = parameters[name], file.get_slice(name)
                         if tuple(tensor.get_shape()) != p.shape:
-                            raise ModelError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
+                            raise InputError(f"{path}: {name} is {tuple(tensor.get_shape())}, "
                                              f"but config.json makes it {tuple(p.shape)}")
                         local, rows = part(p)
                         local.copy_(tensor[rows])
@@ -178,7 +173,7 @@ class HuggingFaceFolder:
                         unknown.append(name)
         missing = [name for name, p in parameters.items() if id(p) not in filled]
         if missing or unknown:
-            raise ModelError(f"{folder} does not hold the model of its config.json: "
+            raise InputError(f"{folder} does not hold the model of its config.json: "
                              f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
@@ -217,7 +212,8 @@ def find_model(name):
     if not re.fullmatch(r"\w[^/]*/[^/]+", name) or folder.parent.name == "out" \
             or folder.parent.is_dir():
         near = difflib.get_close_matches(name, map(str, folder.parent.glob("*")), 3)
-        sys.exit(f"there is no folder {name}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        sys.exit(f"there is no folder {name}, and with {folder.parent}/ it is a path, no name on "
+                 "the hub" + (f"; nearest: {', '.join(near)}" if near else ""))
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-from hf import HuggingFaceFolder, ModelError
+from files import InputError
+from hf import HuggingFaceFolder
 
 try:
     from flash_attn import flash_attn_func
@@ -68,12 +69,12 @@ class ModelConfig:
         for key in ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "norm_eps",
                     "rope_theta"):
             if not 0 < getattr(self, key) < math.inf:
-                raise ModelError(f"{key} must be above 0, got {getattr(self, key)}")
+                raise InputError(f"{key} must be above 0, got {getattr(self, key)}")
         if self.d_model % (2 * self.n_head):
-            raise ModelError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
+            raise InputError(f"d_model {self.d_model} must be a multiple of 2 x n_head = "
                              f"{2 * self.n_head}: each head rotates pairs of its numbers")
         if self.n_head % self.n_kv_head:
-            raise ModelError(
+            raise InputError(
                 f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 
 
@@ -273,7 +274,7 @@ class Llama(HuggingFaceFolder, nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.vocab_size < 1:
-            raise ModelError(f"vocab_size must be at least 1, got {config.vocab_size}")
+            raise InputError(f"vocab_size must be at least 1, got {config.vocab_size}")
         self.config = config
         # made like this, it draws no initial values of its own
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model),

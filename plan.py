@@ -151,8 +151,8 @@ def format_memory(run, model, failed=False):
     if failed or (state + activations) * sharing > device_memory(device):
         hints = [f"a --micro_batch below {micro}"] if micro > 1 else []
         hints += [] if run.cfg.activation_checkpointing else ["--activation_checkpointing"]
-        text += ". Warning: this is too little. What helps: " + ", ".join(
-            [*hints, "more GPUs with --strategy=fsdp"])
+        hints += ["more GPUs with --strategy=fsdp" if device.type == "cuda" else "a smaller model"]
+        text += f". Warning: this is too little. What helps: {', '.join(hints)}"
     return text
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear, ModelError
+from files import InputError
+from model import Linear
 
 STREAMS = 4         # parts of a weight that are read at the same time
 GROUP = 64          # int4: this many weights share a scale
@@ -107,7 +108,7 @@ class Int4(FrozenLinear):
         O, I = weight.shape
         group = math.gcd(I, GROUP)
         if group % 2:
-            raise ModelError(f"int4 stores two numbers a byte: a width of {I} is odd")
+            raise InputError(f"int4 stores two numbers a byte: a width of {I} is odd")
         groups = weight.float().view(O, -1, group)
         scale = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
         scale[scale == 0] = 1

@@ -18,7 +18,6 @@ from model import (
     KVCache,
     Llama,
     ModelConfig,
-    ModelError,
     apply_rope,
     attention,
     chunked_attention,
@@ -77,7 +76,7 @@ def test_flops_are_6n_plus_12_lct():
     (dict(n_layer=0), "n_layer"), (dict(vocab_size=0), "vocab_size")])
 def test_impossible_shapes_are_refused(changes, words):
     """An odd head or a remainder of heads would fail deep inside a view, or not at all."""
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(InputError, match=words):
         tiny(**changes)
 
 
@@ -158,11 +157,11 @@ def test_several_files_with_an_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens()), ours(tokens()))
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}')
-    with pytest.raises(ModelError, match="has no None"):
+    with pytest.raises(InputError, match="has no None"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match="model-00002-of-00002"):
+    with pytest.raises(InputError, match="model-00002-of-00002"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -229,7 +228,7 @@ def test_damaged_folders_are_named(tmp_path):
     for part, word in ((whole[:len(whole) // 2], ""), (whole[:4], ""), (b"", ""),
                        (pointer, ".*git lfs pull")):
         (tmp_path / "model.safetensors").write_bytes(part)
-        with pytest.raises(ModelError, match="model.safetensors" + word):
+        with pytest.raises(InputError, match="model.safetensors" + word):
             Llama.from_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_bytes()
     (tmp_path / "config.json").write_bytes(pointer)
@@ -238,7 +237,7 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match="only safetensors"):
+    with pytest.raises(InputError, match="only safetensors"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json"):

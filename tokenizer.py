@@ -265,19 +265,20 @@ class Encoder:
 # The tokenizer of a model folder
 
 class Tokenizer:
-    """The tokenizer of a model folder. It finds the ids that `transformers` finds.
+    """The tokenizer of a model folder. It finds the ids that `transformers` finds, but for two
+    things: where no file says whether a prompt begins with BOS, it does; and spaces at the
+    beginning of a text stay SentencePiece's, which transformers 5 changes for LlamaTokenizer.
 
         encode(text)           the ids of a document, in which a literal "</s>" is text
-        encode_prompt(text)    those of a prompt, in which it is one id; with BOS, where the
-                               tokenizer adds it
+        encode_prompt(text)    those of a prompt, in which it is one id; they begin with `prefix`,
+                               which is BOS or nothing
         decode(ids)            the text, without special tokens
-        size                   the ids below may be drawn: tokenizer and model both have them, and
-                               either may be padded to a round number
+        size                   ids from here on are never drawn: tokenizer or model lacks them
         bos_id, eos_ids        with which a document begins; which end it
 
-    SentencePiece defines the ids. But where tokenizer.json has tokens beyond tokenizer.model, or
-    that cannot be read, the package tokenizers reads it. Raises InputError for damaged files, and
-    for ids that the model does not have.
+    SentencePiece reads tokenizer.model. The package tokenizers reads tokenizer.json, where that is
+    the only one, or has tokens that tokenizer.model cannot express. Raises InputError for damaged
+    files, and for ids that the model does not have.
     """
 
     def __init__(self, folder):
@@ -309,9 +310,11 @@ class Tokenizer:
         added |= {token["content"]: (int(i), token.get("special", False)) for i, token in (
             *settings.get("added_tokens_decoder", {}).items(),
             *((token["id"], token) for token in contents.get("added_tokens", [])))}
-        # after an added token older models see a space, as at the beginning of a text
+        # A legacy tokenizer puts a space also in front of what follows an added token. The class
+        # LlamaTokenizer is told by this key whether it is one; others do as their tokenizer.json,
+        # and those that have none are, unless the key denies it
         of_llama = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
-        legacy = settings.get("legacy", not of_llama) is not False or contents and not of_llama
+        legacy = settings.get("legacy", not of_llama) is not False or (contents and not of_llama)
         self.open_libraries(added, contents, legacy, of_llama)
         self.rows = config.get("vocab_size", max(self.vocab.values()) + 1)
         self.size = min(max(self.vocab.values()) + 1, self.rows)
@@ -358,6 +361,8 @@ class Tokenizer:
                 import tokenizers
                 path = self.folder / "tokenizer.json"
                 self.fast = tokenizers.Tokenizer.from_file(str(path))
+                self.fast.no_truncation()
+                self.fast.no_padding()
                 self.vocab = self.fast.get_vocab()
                 if of_llama:                  # transformers 5 replaces these parts of the file
                     self.fast.normalizer = None
@@ -404,7 +409,8 @@ class Tokenizer:
     def decode(self, ids):
         if self.fast:
             return self.fast.decode(ids)
-        return self.sp.decode([part for i in ids for part in self.spelled.get(i, [i])])
+        return self.sp.decode([part for i in ids for part in self.spelled.get(
+            i, [i] if i < len(self.sp) else [])])
 
 
 def template_prefix(contents):

@@ -394,12 +394,10 @@ def main(argv):
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory. {format_memory(run, model, failed=True)}. "
                      f"({str(error).splitlines()[0]})")
-        if last == run.steps:
-            print(f"{checkpoint.newest(run.out_dir)} is the end of the run")
-        else:
-            print(f"{stop_request.failure}stopped after step {last}; the same command continues "
-                  f"from {checkpoint.newest(run.out_dir)}",
-                  file=sys.stderr if stop_request.failure else sys.stdout)
+        path = checkpoint.newest(run.out_dir)
+        end = f"{path} is the end of the run" if last == run.steps else (
+            f"stopped after step {last}; the same command continues from {path}")
+        print(stop_request.failure + end, file=sys.stderr if stop_request.failure else sys.stdout)
 
 
 if __name__ == "__main__":

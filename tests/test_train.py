@@ -390,7 +390,7 @@ def test_stopped_and_started_again_is_the_same(finished, world, tmp_path):
     """A resume that forgets a moment, a count or its place in the data ends elsewhere: bit for bit
     is the only proof."""
     out, rng = tmp_path / "out", random.Random(5)
-    for number in signal.SIGKILL, signal.SIGHUP:
+    for number in signal.SIGKILL, signal.SIGINT:
         process, seen = start(world, out), len(records(out)) if out.exists() else 0
         while process.poll() is None and (
                 not (out / "metrics.jsonl").exists()
