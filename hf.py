@@ -212,8 +212,8 @@ def find_model(name):
     if not re.fullmatch(r"\w[^/]*/[^/]+", name) or folder.parent.name == "out" \
             or folder.parent.is_dir():
         near = difflib.get_close_matches(name, map(str, folder.parent.glob("*")), 3)
-        sys.exit(f"there is no folder {name}, and with {folder.parent}/ it is a path, no name on "
-                 "the hub" + (f"; nearest: {', '.join(near)}" if near else ""))
+        sys.exit(f"there is no folder {name}" + (f", nearest: {', '.join(near)}" if near else "")
+                 + " (a name on the hub is OWNER/NAME, and no folder OWNER is here)")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(
