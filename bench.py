@@ -220,8 +220,7 @@ def measure_training(cfg, batch, seconds, disabled=()):
     if "no malloc trim" not in disabled:
         disable_malloc_trim()
     dtype = torch.float32 if "bf16" in disabled else find_dtype(device, cfg.dtype)[0]
-    compiled = ("compilation" not in disabled
-                and choose_training_compile(cfg, device, math.inf)[0])
+    compiled = "compilation" not in disabled and choose_training_compile(cfg, device, math.inf)[0]
     micro, _ = parallel.split_batch(batch, 1, cfg.micro_batch)
     with torch.device("meta"):
         llama = model.Llama(cfg)

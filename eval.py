@@ -179,11 +179,15 @@ def load_harness_model(folder, dtype, args):
     torch.backends.cuda.enable_cudnn_sdp(False)          # see model.WITHOUT_CUDNN
     try:
         # logits_cache gives wrong answers where two requests are one text, divided differently
-        return HarnessModel(str(folder), device=find_device().type, dtype=dtype,
-                            batch_size=args.batch, softmax_dtype=torch.float32,
-                            add_bos_token=args.bos, logits_cache=False)
+        lm = HarnessModel(str(folder), device=find_device().type, dtype=dtype,
+                          batch_size=args.batch, softmax_dtype=torch.float32,
+                          add_bos_token=args.bos, logits_cache=False)
     except Exception as error:
         raise InputError(f"transformers cannot open {folder}: {error}") from None
+    with torch.inference_mode():
+        logits = lm.model(torch.zeros(1, 1, dtype=torch.long, device=lm.device)).logits
+        lm.magnitude = sum(x.abs().amax() for x in (*lm.model.parameters(), logits))
+    return lm
 
 
 USUAL_METRICS = "acc_norm", "acc", "exact_match", "pass@1", "em", "f1"       # all in percent
@@ -207,10 +211,7 @@ def find_score(results, metric=None):
 def run_task(lm, name, metric, shots, manager, args):
     """What the harness finds for a task, a dict, and the scores to show, {task: score}."""
     import lm_eval
-    # from NaN the harness would choose an answer
-    with torch.inference_mode():
-        logits = lm.model(torch.zeros(1, 1, dtype=torch.long, device=lm.device)).logits
-        require_finite(sum(x.abs().amax() for x in (*lm.model.parameters(), logits)))
+    require_finite(lm.magnitude)                 # by NaN the harness would choose an answer
     lm.cut, start = 0, time.perf_counter()
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"       # tasks that run code cannot be loaded without
     os.environ["DISABLE_MULTIPROC"] = "1"        # standard errors are computed in this process

@@ -107,9 +107,9 @@ def read_config(folder, config_class):
     if config.tie_embeddings:
         for path in safetensors_files(folder):
             with open_weights(path) as file:
-                found += [file.get_tensor(name) for name in file.keys()          # noqa: SIM118
+                found += [file.get_slice(name) for name in file.keys()           # noqa: SIM118
                           if name in ("model.embed_tokens.weight", "lm_head.weight")]
-    differ = len(found) == 2 and not torch.equal(*found)
+    differ = len(found) == 2 and not torch.equal(*(matrix[:] for matrix in found))
     return replace(config, tie_embeddings=config.tie_embeddings and not differ)
 
 

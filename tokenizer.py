@@ -1,4 +1,4 @@
-"""Llama's kind of tokenizer: train one, load one, write it for other programs, encode documents.
+"""Llama's kind of tokenizer: train one, write it for other programs, encode; read a model folder's.
 
 Byte-pair encoding (BPE) starts from the characters of a text and merges two neighbours, again and
 again, whenever together they are a token of the vocabulary, the token with the best score first. Of
@@ -264,6 +264,17 @@ class Encoder:
 # --------------------------------------------------------------------------------------------------
 # The tokenizer of a model folder
 
+def template_prefix(contents):
+    """The ids that the template in the `contents` of a tokenizer.json puts in front of a text."""
+    processor = contents.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":
+            names = [item["SpecialToken"]["id"] for item in
+                     takewhile(lambda item: "SpecialToken" in item, part["single"])]
+            return [i for name in names for i in part["special_tokens"][name]["ids"]]
+    return []
+
+
 class Tokenizer:
     """The tokenizer of a model folder. It finds the ids that `transformers` finds, but for two
     things: where no file says whether a prompt begins with BOS, it does; and spaces at the
@@ -316,7 +327,7 @@ class Tokenizer:
         of_llama = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
         legacy = settings.get("legacy", not of_llama) is not False or (contents and not of_llama)
         self.open_libraries(added, contents, legacy, of_llama)
-        self.rows = config.get("vocab_size", max(self.vocab.values()) + 1)
+        self.rows = config.get("vocab_size", sys.maxsize)
         self.size = min(max(self.vocab.values()) + 1, self.rows)
 
         bos, eos = (self.vocab.get(text(settings.get(key)) or usual)
@@ -411,14 +422,3 @@ class Tokenizer:
             return self.fast.decode(ids)
         return self.sp.decode([part for i in ids for part in self.spelled.get(
             i, [i] if i < len(self.sp) else [])])
-
-
-def template_prefix(contents):
-    """The ids that the template in the `contents` of a tokenizer.json puts in front of a text."""
-    processor = contents.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        if part.get("type") == "TemplateProcessing":
-            names = [item["SpecialToken"]["id"] for item in
-                     takewhile(lambda item: "SpecialToken" in item, part["single"])]
-            return [i for name in names for i in part["special_tokens"][name]["ids"]]
-    return []
