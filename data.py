@@ -35,6 +35,9 @@ exactly. Two ideas make that possible:
 
 A window in a batch is called a sequence, or a row of x. Recipes give batches in tokens, a Stage
 counts them in sequences.
+
+Of a conversation only the answers are to be learned, the rest is read. Such a source has a mask
+beside each token file, train_00000.mask, with one byte per token: 1 for those that are learned.
 """
 import os
 from bisect import bisect_right
@@ -52,6 +55,7 @@ import numpy as np
 from files import InputError, atomic_write, read_json, sha256_file
 
 MAGIC, VERSION, HEADER_BYTES = 20240104, 1, 1024
+IGNORED = -100      # the target where nothing is to be learned, as PyTorch's ignore_index
 
 
 def require(condition, message):
@@ -122,7 +126,7 @@ class Source:
     """The windows of one split, "train" or "val", of the folder data/NAME.
 
     Attributes: name, header (its `tokens` are those of all files), windows (how many there are),
-    info (documents, tokens and bytes of the split, from source.json).
+    info (its counts in source.json), learned_tokens and learned_bytes (without masks, of all).
     """
 
     def __init__(self, folder, split, context):
@@ -141,6 +145,13 @@ class Source:
         total = int(self.starts[-1])
         self.windows = max(0, (total - 1) // context)
         self.info = read_counts(folder, split, total)
+        self.masks = [path.with_suffix(".mask") for path in self.files
+                      if "learned_tokens" in self.info]
+        for path, header in zip(self.masks, headers):
+            require(path.is_file() and os.path.getsize(path) == header.tokens, f"{path} is not "
+                    f"there with {header.tokens} bytes, one per token: prepare the source again")
+        self.learned_tokens, self.learned_bytes = (
+            self.info.get(f"learned_{key}", self.info[key]) for key in ("tokens", "bytes"))
         if headers:
             self.header = replace(headers[0], tokens=total)
             self.check_tokenizer(folder, headers)
@@ -158,22 +169,39 @@ class Source:
         """Window i: context + 1 ids in int64. Raises InputError for one outside the vocabulary."""
         return self.read(i * self.context, (i + 1) * self.context + 1)
 
+    def example(self, i):
+        """Inputs and targets of window i (2, context): the latter IGNORED where none is learned."""
+        ids = self.window(i)
+        return np.stack((ids[:-1], np.where(self.learned(i), ids[1:], IGNORED)))
+
+    def learned(self, i):
+        """Which targets of window i are to be learned, in bool."""
+        return self.read_mask(i * self.context + 1, (i + 1) * self.context + 1)
+
     def read(self, start, stop):
         """Tokens start to stop - 1 of the source (at least one), from as many files as they lie
         in."""
+        ids = self.read_parts(self.files, self.header.dtype, HEADER_BYTES, start, stop,
+                              self.header.vocab_size - 1)
+        return ids.astype(np.int64)
+
+    def read_mask(self, start, stop):
+        if not self.masks:
+            return np.ones(stop - start, bool)
+        return self.read_parts(self.masks, np.dtype("u1"), 0, start, stop, 1).astype(bool)
+
+    def read_parts(self, files, dtype, offset, start, stop, most):
+        """Numbers start to stop - 1 of those in `files`, of which each begins at `offset`."""
         parts = []
         for f in range(np.searchsorted(self.starts, start, "right") - 1,
                        np.searchsorted(self.starts, stop, "left")):
             first, last = max(start, self.starts[f]), min(stop, self.starts[f + 1])
-            parts.append(np.fromfile(
-                self.files[f], self.header.dtype, count=last - first,
-                offset=HEADER_BYTES + (first - self.starts[f]) * self.header.dtype.itemsize))
-        ids = np.concatenate(parts).astype(np.int64)
-        if (largest := ids.max()) >= self.header.vocab_size:
-            raise InputError(f"{self.files[f]}: id {largest} between tokens {start} and {stop}, "
-                             f"and the vocabulary ends at {self.header.vocab_size - 1}: the file "
-                             "is damaged, prepare it again")
-        return ids
+            parts.append(np.fromfile(files[f], dtype, count=last - first,
+                                     offset=offset + (first - self.starts[f]) * dtype.itemsize))
+        numbers = np.concatenate(parts)
+        require((largest := numbers.max()) <= most, f"{files[f]}: {largest} between tokens {start} "
+                f"and {stop}, and {most} is the largest: the file is damaged, prepare it again")
+        return numbers
 
 
 def read_counts(folder, split, total):

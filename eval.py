@@ -259,9 +259,9 @@ def read_windows(name, folder, tokenizer, context, args):
             raise InputError(f"it was written with another tokenizer than that of {folder}: "
                              "give the text itself")
         n = min(source.windows, args.limit or source.windows)
-        windows = (source.window(i).tolist() for i in range(n))
-        size = n * context * source.info["bytes"] / source.info["tokens"]
-        return ((ids[:-1], ids[1:]) for ids in windows), size, 0
+        tokens = sum(int(source.learned(i).sum()) for i in range(n))
+        size = tokens * source.learned_bytes / source.learned_tokens
+        return ((x.tolist(), y.tolist()) for x, y in map(source.example, range(n))), size, 0
     texts, lost = all_texts(list_files([name]), RowFilter(args.text_key))
     texts = texts[:args.limit]
     windows = (window for text in texts
@@ -294,7 +294,7 @@ def evaluate_text(model, tokenizer, name, folder, args):
         group.sort(key=lambda window: len(window[0]))    # similar lengths together: little padding
         for i in range(0, len(group), args.batch):
             nats += total_cross_entropy(model, group[i:i + args.batch])
-        tokens += sum(len(targets) for _, targets in group)
+        tokens += sum(i >= 0 for _, targets in group for i in targets)
     require_finite(nats)
     bits = bits_per_byte(nats, size)
     return {"bits_per_byte": bits, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,

@@ -24,7 +24,8 @@ Where TinyLlama's 1,100,048,384 parameters are, with C 2048, H 32, K 4, D 64, F 
 
 The model learns to predict the next token: the logits at position t are scored against token t + 1,
 so targets are inputs shifted by one. The loss is the mean cross-entropy in nats per token, and
-exp(loss) the perplexity: guessing among so many equally likely tokens would cost the same.
+exp(loss) the perplexity: guessing among so many equally likely tokens would cost the same. A target
+below 0 is not learned: it counts neither in the loss nor in a gradient.
 Attention crosses the borders of documents inside a window, as the original's does. There is no
 dropout: tokens are seen once or a few times, too seldom to be memorized. Sharding, mixed
 precision and compilation are applied from outside and change nothing here.
@@ -216,20 +217,23 @@ class Block(nn.Module):
 
 def cross_entropy_and_grad(logits, targets):
     """The sum of the cross-entropies in nats of logits (N, V) with targets (N,), softmax in fp32;
-    and its gradient with respect to the logits (N, V), in their dtype: p, less 1 at the target."""
+    and its gradient with respect to the logits (N, V), in their dtype: p, less 1 at the target. Of
+    rows with a target below 0 the sum has nothing, and the gradient means nothing."""
     targets = targets[:, None]                                               # (N, 1)
+    learned, targets = targets >= 0, targets.clamp(min=0)
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)               # (N, V)
     target_log_p = log_p.gather(1, targets)
     grad = log_p.exp_().to(logits.dtype)
     grad.scatter_(1, targets, (target_log_p.exp() - 1).to(logits.dtype))
-    return -target_log_p.sum(), grad
+    return -target_log_p.where(learned, 0).sum(), grad
 
 
 LOSS_CHUNK = 4096        # tokens whose logits exist at the same time
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,).
+    """Mean cross-entropy of the logits x weightᵀ, of x (N, C) and targets (N,), over the targets
+    that are not below 0. Rows of x with other targets must be 0, or they would change the gradient.
 
     The logits are the largest tensor of a training step: 384 kB per token, counting them in bf16,
     in fp32 and their gradients. So they never exist whole. For a chunk of tokens at a time, the
@@ -244,6 +248,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         dx, n_chunks = torch.empty_like(x), math.ceil(len(x) / LOSS_CHUNK)
+        count = (targets >= 0).sum().clamp(min=1)
         for x_chunk, dx_chunk, target_chunk in zip(*(t.chunk(n_chunks) for t in (x, dx, targets))):
             chunk_loss, grad = cross_entropy_and_grad(F.linear(x_chunk, weight), target_chunk)
             loss = loss + chunk_loss
@@ -255,14 +260,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                     dw += grad.mT @ x_chunk
             del grad                           # before the next chunk's is allocated
         if needs_grad:
-            ctx.save_for_backward(dx, dw)
-        return loss / len(x)
+            ctx.save_for_backward(dx, dw, count)
+        return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx.mul_(grad / len(dx)), dw.mul_(grad / len(dx)), None, None, None
+        dx, dw, count = ctx.saved_tensors
+        return dx.mul_(grad / count), dw.mul_(grad / count), None, None, None
 
 
 class Llama(HuggingFaceFolder, nn.Module):
@@ -331,11 +336,13 @@ class Llama(HuggingFaceFolder, nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats per
-        token. With a cache, idx continues what the cache holds, and is added to it."""
+        learned token. With a cache, idx continues what the cache holds, and is added to it."""
         x = self.hidden_states(idx, cache)
         if targets is None:                                                  # (B, T, V)
             return self.head(x) if hasattr(self, "head") else F.linear(x, self.embed.weight)
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
+        # what is not learned gets no gradient, and gives none to the head
+        x = x.masked_fill(targets[..., None] < 0, 0)
         return FusedLinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(),
                                              self.cross_entropy_and_grad, torch.is_grad_enabled())
 

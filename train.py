@@ -128,10 +128,11 @@ def lr_at(tokens, total, warmup, cfg):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
+def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False, learned=None):
     """One optimizer step on x, y (rows, T), this process's rows of the batch, in micro-batches of
-    `micro` rows. Returns
-        the mean loss of the whole batch, nats per token,
+    `micro` rows. Of the whole batch so many targets per process are to be `learned`, all if None.
+    Returns
+        the mean loss of the whole batch, nats per learned token,
         the norm of its gradient before clipping,
         whether any process was asked to stop.
     Where loss or norm is not finite, no weight is moved.
@@ -142,7 +143,8 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False):
         last = i == len(micro_batches) - 1
         with grad_sync(model, last):                 # ranks exchange gradients once per step
             with autocast(x.device, dtype):
-                loss = model(inputs, targets) * (len(inputs) / len(x))
+                # the mean is over the learned targets of the batch: a mean of means it is not
+                loss = model(inputs, targets) * ((targets >= 0).sum() / (learned or y.numel()))
             loss.backward()                          # adds to the gradients that are there
         total_loss += loss.detach()
 
@@ -177,25 +179,27 @@ def build_optimizer(model, cfg, fused=True):
 
 def read_batch(sources, rows, device):
     """rows, a list of (source, window) -> inputs x and targets y, both (rows, T), on the device. y
-    is x one token later."""
-    tokens = torch.from_numpy(np.stack([sources[name].window(i)
-                                        for name, i in rows]))        # (rows, T + 1)
+    is x one token later, and data.IGNORED where that is not to be learned."""
+    examples = [sources[name].example(i) for name, i in rows]
+    batch = torch.from_numpy(np.stack(examples, 1))                          # (2, rows, T)
     if device.type == "cuda":
         with torch.cuda.device(device):       # of this thread: else all ranks pin through GPU 0
-            tokens = tokens.pin_memory()                              # so that the copy can overlap
-    tokens = tokens.to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            batch = batch.pin_memory()                                # so that the copy can overlap
+    return batch.to(device, non_blocking=True).unbind()
 
 
 @torch.no_grad()
 def evaluate(model, run):
-    """{source: nats per token} and {source: bits per byte} over at most eval_tokens of each
+    """{source: nats per learned token} and {source: bits per byte} over at most eval_tokens of each
     validation split: the same windows every time, spread evenly over it. (There is no dropout, so
     no model.eval() either.)"""
     losses, bits, world = {}, {}, run.world
     for name, source in run.val.items():
         n = min(source.windows, max(1, run.cfg.eval_tokens // source.context))
         rows = [(name, i * source.windows // n) for i in range(n)]
+        learned = {row: int(source.learned(row[1]).sum()) for row in rows}
+        if not any(learned.values()):
+            continue
         total = torch.zeros((), device=world.device)
         for i in range(0, n, run.cfg.micro_batch * world.size):
             group = rows[i:i + run.cfg.micro_batch * world.size]
@@ -205,14 +209,14 @@ def evaluate(model, run):
             # not compiled: a graph for these shapes alone would cost more than it saves
             with torch.compiler.set_stance("force_eager"), autocast(world.device, run.dtype), \
                     sdpa_kernel(WITHOUT_CUDNN):
-                total += model(x, y) * (len(mine) / n)
+                total += model(x, y) * (sum(map(learned.get, mine)) / sum(learned.values()))
         if is_sharded(model):
             model.reshard()       # without a backward pass the root's weights would stay gathered
         if world.size > 1:
             dist.all_reduce(total)
         losses[name] = total.item()
         # the whole part's tokens and bytes turn nats per token into nats of all its bytes
-        bits[name] = data.bits_per_byte(losses[name] * source.info["tokens"], source.info["bytes"])
+        bits[name] = data.bits_per_byte(losses[name] * source.learned_tokens, source.learned_bytes)
     return losses, bits
 
 
@@ -234,7 +238,8 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
 
     def read_step(step):
         rows = data.sequences(run.stages, windows, cfg.seed, step)
-        return rows, *read_batch(run.train, rows[world.rank::world.size], world.device)
+        learned = sum(int(run.train[name].learned(i).sum()) for name, i in rows)
+        return rows, learned, *read_batch(run.train, rows[world.rank::world.size], world.device)
 
     with ThreadPoolExecutor(1) as prefetcher, tqdm(
             total=run.total_tokens, initial=data.tokens_after(run.stages, start.step, context),
@@ -269,15 +274,20 @@ def train(run, start, model, wrapped_model, optimizer, stop_request):
 
             # one more step; the batch after it is read in the background meanwhile
             started = time.perf_counter()
-            rows, x, y = prefetched.result()
+            rows, learned, x, y = prefetched.result()
             if step + 1 < run.steps:
                 prefetched = prefetcher.submit(read_step, step + 1)
+            if not learned:
+                bar.write(f"step {step + 1} is skipped: in its {len(rows)} windows, the first of "
+                          f"them {rows[0]}, nothing is to be learned", file=sys.stdout)
+                record = {}
+                continue
             seen = data.tokens_after(run.stages, step + 1, context)
             lr = lr_at(seen, run.total_tokens, warmup, cfg)
             stage = bisect_left(run.ends, step + 1)
             loss, norm, stopping = train_step(wrapped_model, optimizer, x, y, lr,
                                               run.micro_batches[stage], run.dtype, cfg.grad_clip,
-                                              stop_request)
+                                              stop_request, learned / world.size)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 sys.exit(1 if world.rank else f"step {step + 1} is not finite: loss {loss}, "
                          f"norm of the gradient {norm}; stopped before the weights moved. "

@@ -94,7 +94,7 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(whole[:1024 + 60] + b"\xff\xff" + whole[1024 + 62:])
     source = Source(tmp_path / "s", "train", 8)
     source.window(2)
-    with pytest.raises(InputError, match="id 65535"):
+    with pytest.raises(InputError, match="65535 between tokens"):
         source.window(3)
 
 
