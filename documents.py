@@ -204,6 +204,10 @@ class RowFilter:
     exclude: tuple = ()           # of (key, value)
     fraction: float = 1.0
 
+    def columns(self):
+        """The keys that it looks at."""
+        return [self.text_key, *(key for key, _ in self.exclude)]
+
     def from_row(self, row):
         """The document of a row, a dict; a Skip in its place is raised."""
         if isinstance(row, Skip):
@@ -230,18 +234,27 @@ class RowFilter:
 
     def accept(self, text):
         """The text, a str or the bytes of one, if it is one and in the fraction."""
-        text = decode(text) if isinstance(text, bytes) else text
-        if not isinstance(text, str):
-            raise Skip("not text", f"is no text but {text!r:.80}")
+        text = check_text(text)
         if not text:
             raise Skip("empty")
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:
-            raise Skip("not text", f"is no text that UTF-8 can write: {text!r:.80}") from None
-        if self.fraction < 1 and hash_to_unit(raw, b"fraction") >= self.fraction:
-            raise Skip("not in the fraction")
+        self.check_fraction(text)
         return text
+
+    def check_fraction(self, text):
+        if self.fraction < 1 and hash_to_unit(text.encode(), b"fraction") >= self.fraction:
+            raise Skip("not in the fraction")
+
+
+def check_text(text):
+    """The text, a str or the bytes of one. Raises Skip if it is none."""
+    text = decode(text) if isinstance(text, bytes) else text
+    if not isinstance(text, str):
+        raise Skip("not text", f"is no text but {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Skip("not text", f"is no text that UTF-8 can write: {text!r:.80}") from None
+    return text
 
 
 def field(row, key):
@@ -357,8 +370,8 @@ def parquet_rows(stream, row_filter):
     from pyarrow.parquet import ParquetFile
     table = ParquetFile(stream, buffer_size=2 ** 20)
     have = table.schema_arrow.names
-    keys = [row_filter.text_key, *(key for key, _ in row_filter.exclude)]
-    columns = {key if key in have else key.split(".")[0] for key in keys} & set(have)
+    columns = {key if key in have else key.split(".")[0]
+               for key in row_filter.columns()} & set(have)
     for batch in table.iter_batches(16, columns=sorted(columns), use_threads=False):
         yield from to_rows(batch) if columns else [dict.fromkeys(have)] * len(batch)
 

@@ -217,7 +217,7 @@ def find_model(name):
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+            name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]))
     except ImportError:
         sys.exit(f"there is no folder {name}; to take it from the hub: pip install huggingface_hub")
     except Exception as error:      # of the network, the hub or the name: its own words say which

@@ -4,6 +4,7 @@ that every Python brings along.
     python prepare.py demo    data/demo-prose and data/demo-code, no download
     python prepare.py tokenizer FILES... --vocab_size=4096 --out=FILE       a tokenizer of your own
     python prepare.py tokenize FILES... --tokenizer=FILE --out=data/NAME    a source to train on
+    python prepare.py chat FILES... --tokenizer=FILE --out=data/NAME        one of conversations
     python prepare.py inspect data/NAME                                     what is in it
 
 Text files hold documents, documents become ids, ids are written to token files, and source.json
@@ -35,9 +36,11 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+from conversations import TEMPLATE, ConversationFilter, encode_conversation
 from data import Header, Source, token_writer
 from documents import (
     RowFilter,
@@ -58,25 +61,57 @@ from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "bytes")
+LEARNED = ("learned_tokens", "learned_bytes")          # of conversations
 
 
-def write_texts(folder, i, texts, encoder, val_fraction):
-    """Writes train_%05d.bin and val_%05d.bin, both or none; what is in them, {split: counts}."""
-    sp, size = encoder.sp, encoder.dtype.itemsize
+def encode_texts(texts, encoder):
+    """Yields of each text what decides its split, its tokens as bytes, its mask, its counts."""
+    size = encoder.dtype.itemsize
+    bos, eos = (token.to_bytes(size, "little") for token in (
+        encoder.sp.bos_id(), encoder.sp.eos_id()))
+    for text, ids in encoder.encode(texts):
+        ids = bos + ids + eos
+        yield text, ids, b"", {"documents": 1, "tokens": len(ids) // size,
+                               "bytes": len(text.encode())}
+
+
+def encode_conversations(conversations, encoder):
+    """The same of each Conversation."""
+    for messages, key in conversations:
+        ids, mask = encode_conversation(messages, encoder)
+        yield key, np.array(ids, encoder.dtype).tobytes(), bytes(mask), {
+            "documents": 1, "tokens": len(ids), "learned_tokens": sum(mask),
+            "bytes": sum(len(text.encode()) for _, text in messages),
+            "learned_bytes": sum(len(text.encode()) for role, text in messages
+                                 if role == "assistant")}
+
+
+def write_documents(folder, i, documents, encoder, val_fraction, chat):
+    """Writes train_%05d.bin and val_%05d.bin, and where the documents are conversations (`chat`)
+    a .mask beside each, all or none; what is in them, {split: counts}."""
+    sp = encoder.sp
     header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer_sha256)
-    bos, eos = (token.to_bytes(size, "little") for token in (sp.bos_id(), sp.eos_id()))
-    info = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    info = {split: dict.fromkeys(COUNTS + LEARNED * chat, 0) for split in SPLITS}
+    encode = encode_conversations if chat else encode_texts
     with contextlib.ExitStack() as stack:
-        writers = {split: stack.enter_context(token_writer(folder / f"{split}_{i:05}.bin", header))
-                   for split in SPLITS}
-        for text, ids in encoder.encode(texts):
-            raw = text.encode()
-            split = "val" if hash_to_unit(raw) < val_fraction else "train"
-            writers[split].write(bos + ids + eos)
-            info[split]["documents"] += 1
-            info[split]["tokens"] += len(ids) // size + 2
-            info[split]["bytes"] += len(raw)
+        files = {split: stack.enter_context(token_writer(folder / f"{split}_{i:05}.bin", header))
+                 for split in SPLITS}
+        masks = {split: stack.enter_context(mask_writer(folder / f"{split}_{i:05}.mask"))
+                 for split in SPLITS if chat}
+        for key, ids, mask, counts in encode(documents, encoder):
+            split = "val" if hash_to_unit(key.encode()) < val_fraction else "train"
+            files[split].write(ids)
+            if chat:
+                masks[split].write(mask)
+            for name, count in counts.items():
+                info[split][name] += count
     return info
+
+
+@contextlib.contextmanager
+def mask_writer(path):
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_metadata(folder, model, info, val_fraction, more):
@@ -88,21 +123,22 @@ def write_metadata(folder, model, info, val_fraction, more):
                           for reason, count in more.get("skipped", {}).items())
         sys.exit(f"all {n} documents fell to validation: give more documents, or a --val_fraction "
                  f"below {val_fraction}" if n else f"there is no text in these files{skipped}")
-    write_tokenizer(folder, model)
+    chat = "learned_tokens" in info["train"]
+    write_tokenizer(folder, model, **{"chat_template": TEMPLATE} if chat else {})
     vocab_size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     write_json(folder / "source.json", info | {
         "vocab_size": vocab_size, "tokenizer": sha256(model).hexdigest()} | more)
 
 
-def write_source(out, texts, model, val_fraction, origin):
-    """Tokenizes `texts` with a SentencePiece model (bytes) into the source folder `out`, which
-    replaces what was there once it is whole."""
+def write_source(out, documents, model, val_fraction, origin, chat=False):
+    """Tokenizes texts or, with `chat`, Conversations with a SentencePiece model (bytes) into the
+    source folder `out`, which replaces what was there once it is whole."""
     out = Path(out)
     for leftover in out.parent.glob(f"{out.name}.*.tmp"):       # of a process that was killed
         remove(leftover)
     with atomic_write(out) as folder:
         folder.mkdir(parents=True)
-        info = write_texts(folder, 0, texts, Encoder(model), val_fraction)
+        info = write_documents(folder, 0, documents, Encoder(model), val_fraction, chat)
         write_metadata(folder, model, info, val_fraction, {"from": origin, "command": sys.argv})
         remove(out)                                             # the new one takes its place
     print_counts(out, info)
@@ -113,6 +149,8 @@ def print_counts(out, info):
     for split in SPLITS:
         documents, tokens, size = (info[split][key] for key in COUNTS)
         ratio = f"  {size / tokens:.2f} bytes per token" if tokens else ""
+        if tokens and "learned_tokens" in info[split]:
+            ratio += f"  {info[split]['learned_tokens'] / tokens:.0%} to be learned"
         print(f"  {split:5} {documents:>9,} documents {tokens:>13,} tokens {size:>14,} bytes"
               + ratio)
 
@@ -156,6 +194,10 @@ class Corpus:
     def done(self):
         return [i for i in range(len(self.shards())) if self.record(i).exists()]
 
+    @property
+    def chat(self):
+        return isinstance(self.row_filter, ConversationFilter)
+
     def plan(self):
         """What must not change between the start of the work and its end, as JSON has it."""
         listing = "".join(f"{file.name}\t{file.size}\n" for file in self.files)
@@ -164,11 +206,12 @@ class Corpus:
                 "tokenizer": sha256(self.model).hexdigest(),
                 "text_key": self.row_filter.text_key,
                 "exclude": [f"{key}={value}" for key, value in self.row_filter.exclude],
-                "fraction": self.row_filter.fraction, "val_fraction": self.val_fraction}
+                "fraction": self.row_filter.fraction, "val_fraction": self.val_fraction,
+                "chat_template": TEMPLATE if self.chat else None}
 
     def command(self):
         """The command line, without what does not matter to the outcome."""
-        return ["prepare.py", "tokenize", *self.paths,
+        return ["prepare.py", "chat" if self.chat else "tokenize", *self.paths,
                 f"--tokenizer={self.tokenizer}", f"--out={self.out}",
                 f"--text_key={self.row_filter.text_key}", f"--fraction={self.row_filter.fraction}",
                 *[f"--exclude={key}={value}" for key, value in self.row_filter.exclude],
@@ -204,7 +247,8 @@ def begin(corpus):
 def compare_plans(out, old, new):
     """Exits unless the two plans are the same, and says what differs."""
     words = {"tokenizer": "it is another tokenizer",
-             "listing": "the files have other names or sizes"}
+             "listing": "the files have other names or sizes",
+             "chat_template": "it is of conversations with another template, or of none"}
     differs = [words.get(key, f"{key} was {old.get(key)} and is {new[key]}")
                for key in new if old.get(key) != new[key]]
     if differs:
@@ -214,8 +258,8 @@ def compare_plans(out, old, new):
 
 def remove_tokens(out):
     """Removes the token files of shards, when they are not to be used."""
-    for path in out.glob("*.bin"):
-        if re.fullmatch(r"(train|val)_\d{5,}\.bin", path.name):
+    for path in out.iterdir():
+        if re.fullmatch(r"(train|val)_\d{5,}\.(bin|mask)", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -230,8 +274,9 @@ def write_shard(i, corpus, encoder, scratch, strict, report):
     record; returns messages about lost rows. Raises InputError or OSError, and then the shard
     is not done."""
     reader = TextReader(corpus.shards()[i], corpus.row_filter, strict, report)
-    info = write_texts(Path(scratch), i, reader.texts(), encoder, corpus.val_fraction)
-    for path in Path(scratch).glob(f"*_{i:05}.bin"):
+    info = write_documents(Path(scratch), i, reader.texts(), encoder, corpus.val_fraction,
+                           corpus.chat)
+    for path in Path(scratch).glob(f"*_{i:05}.*"):
         os.replace(path, corpus.out / path.name)
     write_json(corpus.record(i), info | {
         "skipped": dict(reader.reasons), "lost": reader.lost, "broken": reader.broken})
@@ -303,8 +348,8 @@ def merge_shards(corpus):
     """Writes source.json, once all shards are done. Several processes may do so at the same time,
     as they write the same bytes."""
     records = [read_json(corpus.record(i)) for i in range(len(corpus.shards()))]
-    info = {split: {key: sum(record[split][key] for record in records) for key in COUNTS}
-            for split in SPLITS}
+    info = {split: {key: sum(record[split][key] for record in records)
+                    for key in COUNTS + LEARNED * corpus.chat} for split in SPLITS}
     skipped = sum((Counter(record["skipped"]) for record in records), Counter())
     try:
         write_metadata(corpus.out, corpus.model, info, corpus.val_fraction, {
@@ -368,17 +413,21 @@ def inspect_source(folder):
           f"tokenizer {header.tokenizer_sha256[:12]}")
     for split, source in sources.items():
         if total := source.info["tokens"]:
-            print(f"{split} begins {show(sp, source.read(0, min(total, 48)))}")
-            print(f"{split} ends   {show(sp, source.read(max(0, total - 48), total))}")
+            print(f"{split} begins {show(sp, source, 0, min(total, 48))}")
+            print(f"{split} ends   {show(sp, source, max(0, total - 48), total)}")
+    if sources["train"].masks:
+        print("to be learned is what stands in [[ ]]")
 
 
-def show(sp, ids):
-    """Ids as text on one line, control tokens by name."""
-    text = ""
-    for control, run in groupby(ids.tolist(), sp.is_control):
-        run = list(run)
-        text += "".join(sp.id_to_piece(run)) if control else sp.decode(run)
-    return repr(text)
+def show(sp, source, start, stop):
+    """Tokens as text on one line, control tokens by name, and by masks what is learned in [[ ]]."""
+    ids, text = source.read(start, stop).tolist(), ""
+    marks = source.read_mask(start, stop) & bool(source.masks)
+    for (control, learned), run in groupby(zip([sp.is_control(i) for i in ids], marks)):
+        run = [ids.pop(0) for _ in run]
+        part = "".join(sp.id_to_piece(run)) if control else sp.decode(run)
+        text += f"[[{part}]]" if learned else part
+    return repr(text.replace("]][[", ""))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,14 +489,20 @@ def parse_args(argv):
     p.add_argument("--vocab_size", type=int, default=4096)
     p.add_argument("--out", required=True, type=as_path, help="the file to write")
 
-    p = commands.add_parser("tokenize", parents=[reading], help="write the token files of a source")
-    p.add_argument("--tokenizer", required=True, type=as_path, help="a SentencePiece model")
-    p.add_argument("--out", required=True, type=as_path, help="the folder to write, data/NAME")
-    p.add_argument("--val_fraction", type=float, default=0.001,
-                   help="share of the documents kept for validation")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    p.add_argument("--part", default="1/1", type=parse_part, metavar="I/N",
-                   help="do only the I-th of N parts; others do theirs into the same folder")
+    writing = argparse.ArgumentParser(add_help=False)
+    add = writing.add_argument
+    add("--tokenizer", required=True, type=as_path, help="a SentencePiece model")
+    add("--out", required=True, type=as_path, help="the folder to write, data/NAME")
+    add("--val_fraction", type=float, default=0.001,
+        help="share of the documents kept for validation")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    add("--part", default="1/1", type=parse_part, metavar="I/N",
+        help="do only the I-th of N parts; others do theirs into the same folder")
+    commands.add_parser("tokenize", parents=[reading, writing],
+                        help="write the token files of a source")
+    p = commands.add_parser("chat", parents=[reading, writing], help="the same of conversations: "
+                            "rows with `messages` or `conversations`; answers are to be learned")
+    p.set_defaults(text_key=ConversationFilter.text_key)
 
     p = commands.add_parser("inspect", help="print what is in a source")
     p.add_argument("source", type=as_path, help="data/NAME")
@@ -505,8 +560,9 @@ def main(argv):
     else:
         if not 0 < args.fraction <= 1:
             sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
+        kind = ConversationFilter if args.command == "chat" else RowFilter
         run = run_tokenizer if args.command == "tokenizer" else run_tokenize
-        run(args, RowFilter(args.text_key, tuple(args.exclude), args.fraction))
+        run(args, kind(args.text_key, tuple(args.exclude), args.fraction))
 
 
 if __name__ == "__main__":

@@ -224,49 +224,63 @@ def speculate(decoder, draft, k, prompts, n, max_new_tokens, eos_ids, settings, 
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="sample.py",
-                                     description="Generate text with a trained model.")
+def add_options(parser, max_new_tokens, top_p):
+    """Adds the options that chat.py has, too."""
     add = parser.add_argument
     add("checkpoint", nargs="?", type=as_path, help="folder or hub name; default: newest in out/")
-    add("--prompt", help="the text to continue; default: none, a document from its beginning")
-    add("--prompts", metavar="FILE", type=as_path, help="many prompts, one per line; prints "
-        '{"prompt": ..., "completion": ...} lines in their order')
-    add("--max_new_tokens", type=int, default=200)
-    add("--num_samples", type=int, help="of each prompt; default: 1, or 4 where there is neither a "
-        "prompt nor --temperature=0")
+    add("--max_new_tokens", type=int, default=max_new_tokens, help="at most (%(default)s)")
     add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     add("--top_k", type=int, default=50, help="sample from the k likeliest tokens only; 0: all")
-    add("--top_p", type=float, default=1.0,
-        help="sample from the likeliest tokens that have this probability together")
+    add("--top_p", type=float, default=top_p,
+        help="sample from the likeliest tokens that have this probability together (%(default)s)")
     add("--seed", type=int, default=1337)
     add("--quantize", choices=[*filter(None, LINEAR_TYPES)], help="store weights in fewer bits")
-    add("--draft", metavar="CHECKPOINT", type=as_path, help="a smaller model that drafts tokens")
-    add("--guesses", type=int, default=4, help="tokens of the draft per step")
-    add("--batch", type=int, default=16, help="texts of --prompts to generate at the same time")
     add("--dtype", choices=["float32", "bfloat16"], default="auto",
         help="to compute in; default: bfloat16 where the hardware has it")
     add("--compile", choices=["True", "False"], help="default: where it pays off")
-    args = parser.parse_args(argv)
-    if args.prompt is not None and args.prompts is not None:
-        sys.exit("--prompt and --prompts exclude one another")
-    if args.num_samples is None:
-        args.num_samples = 1 if args.prompt or args.prompts or args.temperature == 0 else 4
+
+
+def check_options(args):
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0),
-                        ("guesses", 1), ("batch", 1), ("seed", 0)):
-        if not getattr(args, name) >= least:
+                        ("guesses", 1), ("batch", 1), ("seed", 0), ("context", 1)):
+        if not getattr(args, name, least) >= least:
             sys.exit(f"--{name} must be {least} or above, got {getattr(args, name)}")
     if args.seed >= 2 ** 63:
         sys.exit(f"--seed must be below 2^63, got {args.seed}")
     if not 0 < args.top_p <= 1:
         sys.exit(f"--top_p must be in (0, 1], got {args.top_p}")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="sample.py",
+                                     description="Generate text with a trained model.")
+    add_options(parser, max_new_tokens=200, top_p=1.0)
+    add = parser.add_argument
+    add("--prompt", help="the text to continue; default: none, a document from its beginning")
+    add("--prompts", metavar="FILE", type=as_path, help="many prompts, one per line; prints "
+        '{"prompt": ..., "completion": ...} lines in their order')
+    add("--num_samples", type=int, help="of each prompt; default: 1, or 4 where there is neither a "
+        "prompt nor --temperature=0")
+    add("--draft", metavar="CHECKPOINT", type=as_path, help="a smaller model that drafts tokens")
+    add("--guesses", type=int, default=4, help="tokens of the draft per step")
+    add("--batch", type=int, default=16, help="texts of --prompts to generate at the same time")
+    args = parser.parse_args(argv)
+    if args.prompt is not None and args.prompts is not None:
+        sys.exit("--prompt and --prompts exclude one another")
+    if args.num_samples is None:
+        args.num_samples = 1 if args.prompt or args.prompts or args.temperature == 0 else 4
+    check_options(args)
     return args
+
+
+def require_utf8(text):
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"this is not UTF-8: {text!r:.80}")
 
 
 def encode_prompt(text, tokenizer, context):
     """The ids of a prompt. Raises InputError if it is not UTF-8 or too long."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"the prompt is not UTF-8: {text!r:.80}")
+    require_utf8(text)
     ids = tokenizer.encode_prompt(text)
     if len(ids) >= context:
         raise InputError(f"the prompt has {len(ids)} tokens, and the context of this model "
@@ -320,7 +334,7 @@ def print_lines(generate_fn, prompts, at_once, n, tokenizer):
     return rows
 
 
-def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens):
+def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens, kind=Decoder):
     """A decoder, compiled where --compile says so or so many steps make it pay off. step_tokens
     are the numbers of tokens per row that its steps will have."""
     start, wanted = time.perf_counter(), {"True": True, "False": False}.get(args.compile)
@@ -328,7 +342,7 @@ def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens):
     compile, why = choose_compile(model.embed.weight.device, wanted, pays, "")
     if wanted is None and pays and not compile:
         print(f"not compiled: {why}", file=sys.stderr)
-    decoder = Decoder(model, rows, size, tokenizer.size, compile)
+    decoder = kind(model, rows, size, tokenizer.size, compile)
     if compile:
         for T in step_tokens:
             decoder.warmup(T)

@@ -32,6 +32,7 @@ except ImportError:                 # optional
     GigaTokenizer = None
 
 SPACE = "▁"         # U+2581, as which SentencePiece writes a space
+GUARD = "\ufdd0"    # within the letters of a special token it keeps them text; no text has it
 
 # --------------------------------------------------------------------------------------------------
 # Training and loading
@@ -177,9 +178,9 @@ def export(model):
         return tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=model))
 
 
-def write_tokenizer(folder, model):
+def write_tokenizer(folder, model, **more):
     """Writes tokenizer.model (the bytes given) and what `transformers` reads, tokenizer.json and
-    tokenizer_config.json."""
+    tokenizer_config.json, with `more` settings in the latter."""
     folder = Path(folder)
     with atomic_write(folder / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
@@ -187,17 +188,18 @@ def write_tokenizer(folder, model):
     if contents is None:
         print("tokenizer.json is left out, as it cannot express this tokenizer: "
               "transformers needs its own files")
-        return
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    with atomic_write(folder / "tokenizer.json") as temporary:
-        temporary.write_text(json.dumps(contents, ensure_ascii=False), "utf-8")
-    # not LlamaTokenizer: in transformers 5 that class splits leading spaces differently than
-    # SentencePiece
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
-        "add_eos_token": False, "clean_up_tokenization_spaces": False,
-        "bos_token": sp.id_to_piece(sp.bos_id()), "eos_token": sp.id_to_piece(sp.eos_id()),
-        "unk_token": sp.id_to_piece(sp.unk_id())})
+    else:
+        with atomic_write(folder / "tokenizer.json") as temporary:
+            temporary.write_text(json.dumps(contents, ensure_ascii=False), "utf-8")
+        # not LlamaTokenizer: in transformers 5 that class splits leading spaces differently than
+        # SentencePiece
+        more |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": False,
+                 "clean_up_tokenization_spaces": False}
+    if more:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        write_json(folder / "tokenizer_config.json", more | {
+            "add_bos_token": True, "bos_token": sp.id_to_piece(sp.bos_id()),
+            "eos_token": sp.id_to_piece(sp.eos_id()), "unk_token": sp.id_to_piece(sp.unk_id())})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,9 +285,12 @@ class Tokenizer:
         encode(text)           the ids of a document, in which a literal "</s>" is text
         encode_prompt(text)    those of a prompt, in which it is one id; they begin with `prefix`,
                                which is BOS or nothing
+        encode_special(text)   the same without prefix; tokens that `guard` has marked stay text
         decode(ids)            the text, without special tokens
         size                   ids from here on are never drawn: tokenizer or model lacks them
         bos_id, eos_ids        with which a document begins; which end it
+        special                the special tokens, {text: id}
+        chat_template          in Jinja, or None; named_tokens are {"bos_token": "<s>", ...} for it
 
     SentencePiece reads tokenizer.model. The package tokenizers reads tokenizer.json, where that is
     the only one, or has tokens that tokenizer.model cannot express. Raises InputError for damaged
@@ -335,6 +340,15 @@ class Tokenizer:
         bos = stated("bos_token_id") if bos is None else bos
         eos = eos if stated("eos_token_id") is None else stated("eos_token_id")
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+        self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"} | {
+            key: text(value) for key, value in settings.items()
+            if value and key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.chat_template = settings.get("chat_template")
+        if isinstance(self.chat_template, list):           # several, each with a name
+            self.chat_template = {item["name"]: item["template"]
+                                  for item in self.chat_template}.get("default")
+        if (path := self.folder / "chat_template.jinja").exists():
+            self.chat_template = path.read_text("utf-8")
         self.prefix = template_prefix(contents)
         if not contents and bos is not None and settings.get("add_bos_token") is not False:
             self.prefix = [bos]
@@ -364,6 +378,8 @@ class Tokenizer:
             self.spelled = {i: [] if special else self.encode_within(token)
                             for token, (i, special) in added.items() if i >= n}
             self.vocab |= self.cuts
+            self.special = {token: i for token, i in self.cuts.items()
+                            if added.get(token, (i, True))[1]}
         except (RuntimeError, OSError) as error:
             reasons.append(explain(path, error))
         if not self.sp or any(token["id"] >= n or token.get("lstrip") or token.get("rstrip")
@@ -374,7 +390,10 @@ class Tokenizer:
                 self.fast = tokenizers.Tokenizer.from_file(str(path))
                 self.fast.no_truncation()
                 self.fast.no_padding()
+                self.encode_chunk = self.encode_fast_chunk
                 self.vocab = self.fast.get_vocab()
+                self.special = {token.content: i for i, token
+                                in self.fast.get_added_tokens_decoder().items() if token.special}
                 if of_llama:                  # transformers 5 replaces these parts of the file
                     self.fast.normalizer = None
                     self.fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
@@ -397,18 +416,36 @@ class Tokenizer:
         self.fast.encode_special_tokens = True             # as the text that they are
         return self.check(self.fast.encode(text, add_special_tokens=False).ids)
 
+    def encode_fast_chunk(self, chunk):
+        """What the package tokenizers makes of a chunk of text that follows a special token."""
+        token, i = next(iter(self.special.items()))
+        self.fast.encode_special_tokens = False
+        if self.fast.encode(f"{token}a", add_special_tokens=False).ids == [i, *self.encode("a")]:
+            return self.encode(chunk)
+        return self.encode("\n" + chunk)[len(self.encode("\n")):]      # no space is put in front
+
     def encode_prompt(self, text):
-        if self.fast:
-            self.fast.encode_special_tokens = False
-            ids = self.fast.encode(text, add_special_tokens=False).ids
-        else:
-            known = "|".join(map(re.escape, sorted(self.cuts, key=len, reverse=True)))
-            first, *rest = re.split(f"({known})", text)     # chunk, token, chunk, token, chunk ...
-            ids = self.sp.encode(first)
-            for token, chunk in zip(rest[::2], rest[1::2]):
-                ids += [self.cuts[token], *self.encode_chunk(chunk)]
         # with nothing at all, there would be nothing to predict from
-        return self.check([*self.prefix, *ids] or [self.bos_id])
+        return [*self.prefix, *self.encode_special(text)] or [self.bos_id]
+
+    def guard(self, text):
+        """The text, with a GUARD in the letters of each special token."""
+        for token in self.special:
+            if len(token) > 1:
+                text = text.replace(token, token[0] + GUARD + token[1:])
+        return text
+
+    def encode_special(self, text):
+        if self.fast and GUARD not in text:
+            self.fast.encode_special_tokens = False
+            return self.check(self.fast.encode(text, add_special_tokens=False).ids)
+        cuts = self.special if self.fast else self.cuts
+        known = "|".join(map(re.escape, sorted(cuts, key=len, reverse=True)))
+        first, *rest = re.split(f"({known})", text)     # chunk, token, chunk, token, chunk ...
+        ids = self.encode(first.replace(GUARD, ""))
+        for token, chunk in zip(rest[::2], rest[1::2]):
+            ids += [cuts[token], *self.encode_chunk(chunk.replace(GUARD, ""))]
+        return self.check(ids)
 
     def check(self, ids):
         if ids and max(ids) >= self.rows:
