@@ -424,6 +424,11 @@ def documentation():
     return [inspect.cleandoc(topics[name]) for name in sorted(topics)]
 
 
+def split_code(source):
+    """The top-level parts of a module, which are two blank lines apart."""
+    return re.split(r"\n{3,}(?=\S)", source.strip())
+
+
 def split_docstrings(source):
     """(docstrings, the source without them): no text of the one is in the other. Raises
     SyntaxError."""
@@ -446,3 +451,47 @@ def split_docstrings(source):
     code = raw.decode()
     ast.parse(code)
     return [doc for *_, doc in docs], code
+
+
+# what a docstring may begin with, to become "Write a function that returns ..."
+VERBS = {verb: f"{verb}s" for verb in (
+    "add", "build", "call", "check", "compare", "compute", "convert", "create", "decode", "delete",
+    "encode", "extract", "find", "format", "generate", "get", "load", "make", "open", "parse",
+    "print", "read", "remove", "replace", "return", "send", "set", "sort", "split", "test",
+    "write")}
+
+
+def questions_and_answers(name, source):
+    """(question, answer, texts it is made of), from the docstrings of a module and from its short
+    functions. Raises SyntaxError."""
+    found, functions = [], {}
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    code = split_docstrings(source)[1]
+    lines, parts = code.splitlines(), split_code(code)
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 15:
+            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
+            functions[node.name] = text, *(part for part in parts if text in part)
+    todo = [(ast.parse(source), "")]
+    while todo:
+        parent, prefix = todo.pop()
+        for node in parent.body:
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            todo.append((node, f"{prefix}{node.name}."))
+            doc = ast.get_docstring(node)
+            answer = doc and doc.split("\n\n")[0].strip()
+            if not answer or not 30 < len(answer) <= 300:
+                continue
+            full = f"`{module}.{prefix}{node.name}`"
+            forms = (f"What does {full} do?", f"What is {full} for?", f"Explain {full}.",
+                     f"Tell me about {full}.")
+            if isinstance(node, ast.ClassDef):
+                forms = f"What is {full}?", *forms[1:]
+            found.append((forms[int(4 * hash_to_unit(full.encode()))], answer, [doc]))
+            verb, _, rest = " ".join(answer.split()).partition(" ")
+            verb = verb.lower() if verb.lower() in VERBS.values() else VERBS.get(verb.lower())
+            if verb and not prefix and node.name in functions:
+                text, *part = functions[node.name]
+                found.append((f"Write a function that {verb} {rest}", text, [doc, *part]))
+    return found

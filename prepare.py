@@ -1,7 +1,7 @@
 """Text to tokens: train a tokenizer, write token files, look at them; or all of it from the text
 that every Python brings along.
 
-    python prepare.py demo    data/demo-prose and data/demo-code, no download
+    python prepare.py demo    data/demo-prose, demo-code and demo-chat, no download
     python prepare.py tokenizer FILES... --vocab_size=4096 --out=FILE       a tokenizer of your own
     python prepare.py tokenize FILES... --tokenizer=FILE --out=data/NAME    a source to train on
     python prepare.py chat FILES... --tokenizer=FILE --out=data/NAME        one of conversations
@@ -33,14 +33,14 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from conversations import TEMPLATE, ConversationFilter, encode_conversation
+from conversations import TEMPLATE, Conversation, ConversationFilter, encode_conversation
 from data import Header, Source, token_writer
 from documents import (
     RowFilter,
@@ -51,6 +51,8 @@ from documents import (
     hash_to_unit,
     library_modules,
     list_files,
+    questions_and_answers,
+    split_code,
     split_docstrings,
 )
 from files import InputError, as_path, atomic_write, read_json, remove, run_program, write_json
@@ -441,10 +443,34 @@ def stdlib_corpus():
         with contextlib.suppress(SyntaxError):
             docs, rest = split_docstrings(text)
             prose += docs
-            code += re.split(r"\n{3,}(?=\S)", rest.strip())
+            code += split_code(rest)
     # a few words teach nothing, and many docstrings stand several times
     return tuple(list(dict.fromkeys(text + "\n" for text in texts if len(text) > 30))
                  for texts in (prose, code))
+
+
+def stdlib_conversations(prose, val_fraction):
+    """Conversations of one to three questions and answers, and twenty questions for validation. No
+    text is in both splits, here or in the `prose` and code that stdlib_corpus returns."""
+    pairs, used = {True: [], False: []}, set()
+    seen = "\n".join(text for text in prose if hash_to_unit(text.encode()) >= val_fraction)
+    for name, source in library_modules().items():
+        with contextlib.suppress(SyntaxError):
+            for question, answer, texts in questions_and_answers(name, source):
+                splits = {hash_to_unit(f"{text}\n".encode()) < val_fraction for text in texts}
+                if len(splits) == 1 and not used & {question, answer} and not (
+                        True in splits and answer in seen):
+                    used |= {question, answer}
+                    pairs[splits.pop()].append((question, answer, texts[0]))
+    conversations = []
+    for group in pairs.values():
+        start, sizes = 0, cycle((1, 2, 3))
+        while turns := group[start:start + next(sizes)]:
+            start += len(turns)
+            messages = [(role, text) for question, answer, _ in turns
+                        for role, text in (("user", question), ("assistant", answer))]
+            conversations.append(Conversation(tuple(messages), f"{turns[0][2]}\n"))
+    return conversations, [question for question, *_ in pairs[True][::len(pairs[True]) // 20][:20]]
 
 
 def demo(data_dir, vocab_size, val_fraction=0.05):
@@ -459,6 +485,10 @@ def demo(data_dir, vocab_size, val_fraction=0.05):
     for name, texts in ("demo-prose", prose), ("demo-code", code):
         bar = tqdm(texts, desc=name, disable=None)
         write_source(Path(data_dir) / name, bar, model, val_fraction, origin)
+    conversations, questions = stdlib_conversations(prose, val_fraction)
+    out = Path(data_dir) / "demo-chat"
+    write_source(out, conversations, model, val_fraction, origin, chat=True)
+    (out / "questions.txt").write_text("\n/new\n".join(questions) + "\n", "utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
