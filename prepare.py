@@ -505,8 +505,8 @@ def parse_args(argv):
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("files", nargs="+", type=as_path, help="files, folders or patterns, of "
                          "any filesystem of fsspec: .txt, .jsonl, .json, also .gz, .zst; .parquet")
-    reading.add_argument("--text_key", default="text",
-                         help="the key or column of the text; a.b for b in a (%(default)s)")
+    reading.add_argument("--text_key", help="the key or column of the text, a.b for b in a; "
+                         "default: text, or of conversations messages")
     reading.add_argument("--exclude", action="append", default=[], metavar="KEY=VALUE",
                          type=parse_exclude, help="leave out rows that have this; may be repeated")
     reading.add_argument("--fraction", type=float, default=1.0,
@@ -530,9 +530,8 @@ def parse_args(argv):
         help="do only the I-th of N parts; others do theirs into the same folder")
     commands.add_parser("tokenize", parents=[reading, writing],
                         help="write the token files of a source")
-    p = commands.add_parser("chat", parents=[reading, writing], help="the same of conversations: "
-                            "rows with `messages` or `conversations`; answers are to be learned")
-    p.set_defaults(text_key=ConversationFilter.text_key)
+    commands.add_parser("chat", parents=[reading, writing], help="the same of conversations: rows "
+                        "with `messages` or `conversations`; answers are to be learned")
 
     p = commands.add_parser("inspect", help="print what is in a source")
     p.add_argument("source", type=as_path, help="data/NAME")
@@ -592,7 +591,7 @@ def main(argv):
             sys.exit(f"--fraction={args.fraction} must be above 0 and at most 1")
         kind = ConversationFilter if args.command == "chat" else RowFilter
         run = run_tokenizer if args.command == "tokenizer" else run_tokenize
-        run(args, kind(args.text_key, tuple(args.exclude), args.fraction))
+        run(args, kind(args.text_key or kind.text_key, tuple(args.exclude), args.fraction))
 
 
 if __name__ == "__main__":
