@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from documents import RowFilter, Skip, check_text
+from documents import MISSING, RowFilter, Skip, check_text, field
 from files import InputError
 
 # Jinja, which transformers, vLLM and llama.cpp render. It takes what training takes, and no more.
@@ -65,7 +65,8 @@ class ConversationFilter(RowFilter):
         return [*super().columns(), "conversations"]
 
     def from_row(self, row):
-        if isinstance(row, dict) and self.text_key not in row and "conversations" in row:
+        if isinstance(row, dict) and "conversations" in row and field(
+                row, self.text_key) is MISSING:
             row = row | {self.text_key: row["conversations"]}
         return super().from_row(row)
 
@@ -76,7 +77,7 @@ class ConversationFilter(RowFilter):
         messages = [(row.get("role", row.get("from")), row.get("content", row.get("value")))
                     for row in rows]
         for role, _ in messages:
-            if role not in ROLES:
+            if role not in [*ROLES]:                        # it may be a list, which has no hash
                 raise Skip("unknown role", f"has a message of {role!r:.80}: only {', '.join(ROLES)}"
                            " are known")
         messages = tuple((ROLES[role], check_text(text)) for role, text in messages)

@@ -69,10 +69,10 @@ def put(folder, files):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def tokenize(folder, *arguments, workers=1):
+def tokenize(folder, *arguments, workers=1, command="tokenize"):
     """prepare.py tokenize, in this process; its exit status, or what it refuses with."""
     try:
-        prepare.main(["tokenize", *map(str, arguments), f"--workers={workers}",
+        prepare.main([command, *map(str, arguments), f"--workers={workers}",
                       f"--tokenizer={folder / 'tokenizer.model'}"])
     except SystemExit as error:
         return error.code
