@@ -59,7 +59,8 @@ def save(step, model, optimizer, run, metadata):
 
 def write_checkpoint(run, model, weights, moments, state):
     path = run.out_dir / f"step_{state['step']:08d}"
-    source = next(iter(run.train.values()))                       # all have the same tokenizer
+    # all have the same tokenizer, but only conversations a chat template
+    source = max(run.train.values(), key=lambda source: bool(source.masks))
     try:
         with atomic_write(path) as folder:
             (folder / "training").mkdir(parents=True)
@@ -82,7 +83,8 @@ def load(path, model, optimizer):
     """Reads weights and moments of a checkpoint, each process its own part."""
     model.load_tensors(path, local_shard)
     with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
-        for name, p in model.named_parameters():
+        # there are no moments where no step so far had anything to learn
+        for name, p in model.named_parameters() if file.keys() else ():
             state = optimizer.state[p]
             state["step"] = file.get_tensor(f"{hf_name(name)}.step").to(p.device)
             for key in "exp_avg", "exp_avg_sq":

@@ -260,6 +260,8 @@ def read_windows(name, folder, tokenizer, context, args):
                              "give the text itself")
         n = min(source.windows, args.limit or source.windows)
         tokens = sum(int(source.learned(i).sum()) for i in range(n))
+        if not tokens:
+            raise InputError(f"nothing is to be learned in its {n} windows: a larger --limit")
         size = tokens * source.learned_bytes / source.learned_tokens
         return ((x.tolist(), y.tolist()) for x, y in map(source.example, range(n))), size, 0
     texts, lost = all_texts(list_files([name]), RowFilter(args.text_key))

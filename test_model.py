@@ -538,6 +538,25 @@ def test_chunked_loss_is_the_whole_loss(N, monkeypatch):
                                                         False)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("learned", [0, 1, 17, 40])
+def test_what_is_not_learned_counts_nowhere(learned, tied, monkeypatch):
+    """Divided by all tokens, a batch of few answers hardly learns; and where a whole chunk is only
+    read, or the batch, there is no 0/0. As PyTorch's ignore_index, gradients included."""
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 5)
+    model, x, y = tiny(tie_embeddings=tied), tokens(), tokens(seed=2)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    y.view(-1)[order[learned:]] = -100
+    y[0, 5:10] = -100
+    loss, parameters = model(x, y), list(model.parameters())
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100,
+                               reduction="sum") / max(1, (y >= 0).sum())
+    assert abs(loss - expected) < 1e-5
+    ours, theirs = (torch.cat([g.flatten() for g in torch.autograd.grad(some, parameters)])
+                    for some in (loss, expected))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_logits_never_exist_whole(grad, monkeypatch):
     """The largest tensor of a step, in bf16 and fp32 and as a gradient, is what runs out of memory

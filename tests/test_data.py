@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data import (
+    IGNORED,
     Header,
     Source,
     parse_stages,
@@ -26,14 +27,17 @@ MODEL = b"any bytes do for a tokenizer: only their hash is read"
 HEADER = Header(vocab_size=500, bos_id=1, eos_id=2, tokenizer_sha256=sha256(MODEL).hexdigest())
 
 
-def write_source(folder, *files, header=HEADER):
-    """A source whose train files hold these token lists."""
+def write_source(folder, *files, header=HEADER, masks=()):
+    """A source whose train files hold these token lists, and which masks there are."""
     folder.mkdir(parents=True)
     for k, ids in enumerate(files):
         with token_writer(folder / f"train_{k:05d}.bin", header) as writer:
             writer.write(np.asarray(ids, header.dtype).tobytes())
     (folder / "tokenizer.model").write_bytes(MODEL)
     part = {"documents": 1, "tokens": sum(map(len, files)), "bytes": 9}
+    for k, mask in enumerate(masks):
+        (folder / f"train_{k:05d}.mask").write_bytes(bytes(mask))
+        part |= {"learned_tokens": sum(map(sum, masks)), "learned_bytes": 5}
     (folder / "source.json").write_text(json.dumps(
         {"train": part, "val": {"documents": 0, "tokens": 0, "bytes": 0}}))
     return folder
@@ -128,6 +132,24 @@ def test_every_token_is_a_target_once(lengths, tmp_path):
     assert all(len(window) == 9 for window in windows)
     targets = [y for window in windows for y in window[1:]]
     assert targets == ids[1:1 + len(targets)] and len(ids) - 1 - len(targets) < 8
+
+
+@pytest.mark.parametrize("lengths", [[41], [17, 24], [1, 5, 0, 30, 5], [8, 8, 8, 17]])
+def test_marks_stay_with_their_tokens(lengths, tmp_path):
+    """A mask moved by one, as targets are, or read from another file's beginning, teaches the last
+    word of each question and never the end of an answer."""
+    rng, cuts = random.Random(0), np.cumsum([0, *lengths])
+    marks = rng.choices([0, 1], k=41)
+    parts = [(list(range(a, b)), marks[a:b]) for a, b in zip(cuts, cuts[1:])]
+    source = Source(write_source(tmp_path / "s", *(ids for ids, _ in parts),
+                                 masks=[mask for _, mask in parts]), "train", 8)
+    examples = [source.example(i) for i in range(source.windows)]
+    assert np.concatenate(examples, 1).tolist() == [
+        [*range(40)], [i if marks[i] else IGNORED for i in range(1, 41)]]
+    assert (source.learned_tokens, source.learned_bytes) == (sum(marks), 5)
+    plain = Source(write_source(tmp_path / "p", list(range(41))), "train", 8)
+    assert plain.example(1).tolist() == [[*range(8, 16)], [*range(9, 17)]]
+    assert (plain.learned_tokens, plain.learned_bytes) == (41, 9)
 
 
 # --------------------------------------------------------------------------------------------------

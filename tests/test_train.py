@@ -16,8 +16,10 @@ from bisect import bisect_left
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_data import random_stages
 from test_prepare import AWKWARD, TEXT
@@ -29,13 +31,15 @@ import metrics
 import plan as planning
 import train
 from checkpoint import checkpoints, warn_numerics_changed
-from data import parse_stages, sequences, stage_ends, tokens_after
+from conversations import Conversation, encode_conversation
+from data import IGNORED, Source, parse_stages, sequences, stage_ends, tokens_after
 from files import InputError, write_json
 from model import Llama
-from parallel import World, split_batch
+from parallel import World, init_weights, split_batch
 from plan import choose_training_compile, fill_vocab_size, open_sources
-from prepare import train_tokenizer, write_source
+from prepare import hash_to_unit, train_tokenizer, write_source
 from sample import Tokenizer
+from tokenizer import Encoder
 from train import (
     TrainConfig,
     build_optimizer,
@@ -57,11 +61,25 @@ micro_batch, log_every, eval_every, save_every, keep = 2, 1, 10, 4, 2
 dtype = "float32"
 """
 STEPS = 10 + 20 + 5
+SHORT = "--stages=[{'tokens': 320, 'batch': 64, 'mixture': {'prose': 1}}]"             # five steps
+
+
+def random_conversations(n):
+    """Conversations of 1 to 20 words and answers of 1 to 11."""
+    rng = random.Random(0)
+    for k in range(n):
+        question, answer = (" ".join(rng.choices(TEXT.split(), k=1 + k % most))
+                            for most in (20, 11))
+        yield Conversation((("user", question), ("assistant", answer)), f"{question} {answer}")
+
+
+CONVERSATIONS = [*random_conversations(120)]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with two small sources and a recipe of three stages over them."""
+    """A folder with two small sources and a recipe of three stages over them; and a source of
+    conversations, whose windows of 16 tokens have none to be learned, or a few, or only such."""
     world = tmp_path_factory.mktemp("world")
     rng = random.Random(0)
     words = TEXT.split()
@@ -69,6 +87,7 @@ def world(tmp_path_factory):
     model = train_tokenizer([TEXT, *texts], 320)
     for name, part in ("prose", texts[:75]), ("code", texts[75:]):
         write_source(world / "data" / name, part, model, 0.2, "a test")
+    write_source(world / "data/chat", CONVERSATIONS, model, 0.2, "a test", chat=True)
     (world / "config_tiny.py").write_text(RECIPE)
     return world
 
@@ -296,22 +315,175 @@ def test_weights_stay_where_a_loss_is_not_finite(world):
 def test_compiled_equals_plain(run, tmp_path):
     """Compiled blocks keep their parameters' names, train to the same loss, and their checkpoint is
     the same folder."""
-    short = "--stages=[{'tokens': 320, 'batch': 64, 'mixture': {'prose': 1}}]"
-    run(short, "--compile=True")
+    run(SHORT, "--compile=True")
     compiled = [r["loss"] for r in records(tmp_path / "out")[1:]]
     names = weights(tmp_path / "out/step_00000005").keys()
     shutil.rmtree(tmp_path / "out")
-    run(short, "--compile=False")
+    run(SHORT, "--compile=False")
     assert [r["loss"] for r in records(tmp_path / "out")[1:]] == pytest.approx(compiled, rel=1e-4)
     assert names == weights(tmp_path / "out/step_00000005").keys()
 
 
 def test_weights_stay_fp32_under_bf16(run, tmp_path):
     """Weights kept in bf16 lose every update below 1/256 of them, which late in training is all."""
-    printed = run("--stages=[{'tokens': 320, 'batch': 64, 'mixture': {'prose': 1}}]",
-                  "--dtype=bfloat16")
+    printed = run(SHORT, "--dtype=bfloat16")
     assert "bfloat16: as asked" in printed
     assert {t.dtype for t in weights(tmp_path / "out/step_00000005").values()} == {torch.float32}
+
+
+# --------------------------------------------------------------------------------------------------
+# Targets that are not learned
+
+def uneven(world):
+    """A model and a batch of four windows of conversations: two with nothing to be learned, one
+    with a few tokens, one with most of them."""
+    _, _, _, model, _ = setup(world)
+    source = Source(world / "data/chat", "train", 16)
+    order = sorted(range(source.windows), key=lambda i: source.learned(i).sum())
+    few = next(i for i in order if 2 <= source.learned(i).sum() <= 4)
+    rows = [("chat", i) for i in (order[0], few, order[1], order[-1])]
+    x, y = read_batch({"chat": source}, rows, torch.device("cpu"))
+    learned = (y != IGNORED).sum(1).tolist()
+    assert learned[0] == learned[2] == 0 < 3 * learned[1] < learned[3]
+    return model, x, y
+
+
+def reference_loss(model, x, y):
+    """Cross-entropy on whole logits, by PyTorch alone."""
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_loss_is_a_mean_over_learned_tokens(micro, world):
+    """A mean of the means of micro-batches weighs a token in a short answer many times as much as
+    one in a long answer; and one micro-batch without any answer makes NaN of all."""
+    model, x, y = uneven(world)
+    expected, found = reference_loss(model, x, y), []
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    recorder = SimpleNamespace(
+        param_groups=[], zero_grad=lambda set_to_none: None,
+        step=lambda: found.extend(p.grad.clone() for p in model.parameters()))
+    loss, norm, _ = train_step(model, recorder, x, y, 1e-2, micro, torch.float32, math.inf,
+                               learned=(y >= 0).sum().item())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = (torch.cat([g.flatten() for g in some]) for some in (found, gradients))
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert norm == pytest.approx(theirs.norm().item(), rel=1e-5)
+
+
+def with_masks(source, out, learn):
+    """Copies a source, with masks: learn(split, n) are those of the n tokens of a split."""
+    shutil.copytree(source, out)
+    info = json.loads((out / "source.json").read_text())
+    for split in "train", "val":
+        mask = np.asarray(learn(split, info[split]["tokens"]), np.uint8)
+        mask.tofile(out / f"{split}_00000.mask")
+        info[split] |= {"learned_tokens": int(mask.sum()), "learned_bytes": info[split]["bytes"]}
+    write_json(out / "source.json", info)
+
+
+def test_masks_of_ones_change_nothing(run, world, tmp_path):
+    """A source of which all is learned is plain text: to the bit, or conversations and text in one
+    run would not be weighed alike."""
+    with_masks(world / "data/prose", tmp_path / "data/prose", lambda split, n: np.ones(n))
+    shutil.copytree(world / "data/code", tmp_path / "data/code")
+    for out, data in ("plain", "data"), ("masked", tmp_path / "data"):
+        run(SHORT, "--data=prose,code", f"--data_dir={data}", f"--out_dir={tmp_path / out}")
+    assert_same_bits(tmp_path / "plain/step_00000005", tmp_path / "masked/step_00000005")
+    keys = "loss", "grad_norm", "val_loss", "bits_per_byte"
+    plain, masked = ([[r.get(key) for key in keys] for r in records(tmp_path / out)]
+                     for out in ("plain", "masked"))
+    assert plain == masked
+
+
+def test_conversations_and_text_in_one_run(run, world, tmp_path):
+    """A window of text has 16 targets and one of conversations three: each counts for what it has.
+    And without its template nobody knows how to talk to a checkpoint; the first source has none."""
+    for name, new in ("prose", "a-text"), ("chat", "z-chat"):
+        shutil.copytree(world / "data" / name, tmp_path / "data" / new)
+    options = SHORT, "--data=a-text:0.5,z-chat:0.5", f"--data_dir={tmp_path / 'data'}"
+    run(*options, "--micro_batch=1")
+    cfg, stages = read_recipe(["config_tiny.py", *options])
+    sources, _ = open_sources(cfg.data_dir, ["a-text", "z-chat"], cfg.context)
+    model = Llama(fill_vocab_size(cfg, sources))
+    init_weights(model, cfg.seed)
+    rows = sequences(stages, {name: s.windows for name, s in sources.items()}, cfg.seed, 0)
+    x, y = read_batch(sources, rows, torch.device("cpu"))
+    assert {name for name, _ in rows} == {*sources} and len({*(y >= 0).sum(1).tolist()}) > 2
+    lines, folder = records(tmp_path / "out"), tmp_path / "out/step_00000005"
+    assert lines[1]["loss"] == pytest.approx(reference_loss(model, x, y).item(), rel=1e-5)
+    assert all(lines[-1]["val_loss"][name] < lines[0]["val_loss"][name] for name in sources)
+    messages = CONVERSATIONS[5].messages
+    ids, _ = encode_conversation(messages, Encoder((folder / "tokenizer.model").read_bytes()))
+    assert AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": role, "content": text} for role, text in messages], return_dict=False) == ids
+
+
+def test_evaluation_is_of_answers(world):
+    """Nats per token of the questions, or bits per byte of their bytes, are of another text; a mean
+    of the means of micro-batches is of none."""
+    cfg, _, _, model, _ = setup(world, micro_batch=3)
+    _, val = open_sources(cfg.data_dir, ["chat"], cfg.context)
+    run = SimpleNamespace(val=val, cfg=cfg, dtype=torch.float32, world=World(torch.device("cpu")))
+    losses, bits = train.evaluate(model, run)
+    # all of it in one row, from the conversations themselves
+    encoder = Encoder((world / "data/chat/tokenizer.model").read_bytes())
+    held_out = [conversation.messages for conversation in CONVERSATIONS
+                if hash_to_unit(conversation.key.encode()) < 0.2]
+    ids, mask = (sum(parts, []) for parts in zip(*(encode_conversation(messages, encoder)
+                                                   for messages in held_out)))
+    n = (len(ids) - 1) // 16 * 16
+    x, y, learned = (torch.tensor(row) for row in (ids[:n], ids[1:n + 1], mask[1:n + 1]))
+    y = y.where(learned == 1, IGNORED).view(-1, 16)
+    with torch.no_grad():
+        expected = reference_loss(model, x.view(-1, 16), y).item()
+    assert losses["chat"] == pytest.approx(expected, rel=1e-5)
+    size = sum(len(answer.encode()) for _, (_, answer) in held_out)
+    assert bits["chat"] == pytest.approx(expected / math.log(2) * sum(mask) / size, rel=1e-5)
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_a_batch_with_nothing_to_learn_is_skipped(skipped, run, world, tmp_path):
+    """Its loss is 0/0, or 0 and then AdamW moves all weights by old moments and weight decay. A run
+    that begins with one has no moments to save, nor to continue from."""
+    stages = read_recipe(["config_tiny.py", SHORT])[1]
+    windows = {"prose": Source(world / "data/prose", "train", 16).windows}
+    batch = sequences(stages, windows, TrainConfig.seed, skipped - 1)
+
+    def learn(split, n):
+        mask = np.ones(n)
+        for _, i in batch if split == "train" else []:
+            mask[i * 16 + 1:i * 16 + 17] = 0
+        return mask
+
+    with_masks(world / "data/prose", tmp_path / "data/prose", learn)
+    options = SHORT, "--save_every=1", "--keep=0", f"--data_dir={tmp_path / 'data'}"
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    printed = run(*options)
+    assert f"step {skipped} is skipped: in its 4 windows, the first of them {batch[0]}" in printed
+    assert printed.count("is skipped") == 1
+    assert [r["step"] for r in records(out) if "loss" in r] == [
+        step for step in range(1, 6) if step != skipped]
+    shutil.copytree(out, whole)
+    if skipped > 1:
+        assert_same_bits(out / f"step_{skipped:08d}", out / f"step_{skipped - 1:08d}")
+        assert weights(out / "step_00000005")["model.norm.weight.step"] == 4
+    for last in skipped, skipped - 1:                # it goes on after it, and it does so over it
+        for step, path in checkpoints(out).items():
+            if step > last:
+                shutil.rmtree(path)
+        printed = run(*options)
+        assert ("continuing from" in printed) == (last > 0)
+        assert_same_bits(out / "step_00000005", whole / "step_00000005")
+
+
+def test_a_damaged_mask_ends_a_run_with_its_name(run, world, tmp_path):
+    """It is read in another thread, long after the start."""
+    shutil.copytree(world / "data/chat", tmp_path / "data/chat")
+    path = tmp_path / "data/chat/train_00000.mask"
+    path.write_bytes(path.read_bytes().replace(b"\1", b"\2"))
+    with pytest.raises(InputError, match=f"{path}: 2 between tokens"):
+        run("--data=chat", f"--data_dir={tmp_path / 'data'}")
 
 
 # --------------------------------------------------------------------------------------------------
