@@ -73,7 +73,7 @@ def test_every_optimization_trains_the_same(name, plain):
     """An optimization that rounds worse than bf16 must, or that is wrong, learns something else.
     In bf16, which rounds to a 256th, losses of a few nats stray by thousandths; alone in fp32 each
     must agree far better."""
-    assert plain[-1] < 0.6 * plain[0]
+    assert plain[-1] < 0.65 * plain[0]                # the text is model.py, which may change
     if name != "bf16":
         others = [other for other in OPTIMIZATIONS if other != name]
         if name == "chunked attention":

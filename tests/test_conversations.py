@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,13 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 from test_prepare import contents, put, tokenize
-from test_tokenizer import AWKWARD, TEXT, folder, model  # noqa: F401 (fixtures)
+from test_tokenizer import (  # noqa: F401 (fixtures)
+    AWKWARD,
+    TEXT,
+    folder,
+    model,
+    more_than_one_newline,
+)
 from transformers import AutoTokenizer
 
 import prepare
@@ -19,7 +26,7 @@ from conversations import TEMPLATE, Conversation, ConversationFilter, encode_con
 from data import Source
 from documents import Skip
 from files import InputError
-from tokenizer import Encoder
+from tokenizer import Encoder, parse_model
 
 # a message and the </s> after it; of an assistant it is what transformers is to mark
 MESSAGE = "{{- message['content'] + eos_token -}}"
@@ -138,19 +145,36 @@ def test_no_message_can_end_itself(text, model):
     assert sp.decode(rest) == "\n" and not any(marks)
 
 
+def test_newlines_that_merge(model, tmp_path):
+    """A token of two newlines, of which one belongs to the answer, is learned: else the answer's
+    first character is not. Such a tokenizer has no tokenizer.json, and needs the template all the
+    same."""
+    parsed = parse_model(model)
+    more_than_one_newline(parsed)
+    prepare.write_source(tmp_path / "my", [Conversation((HELLO[0], ("assistant", "\nHi")), "")],
+                         parsed.SerializeToString(), 0, "a test", chat=True)
+    sp = prepare.load_tokenizer(tmp_path / "my/tokenizer.model")
+    ids, mask = read_chat(tmp_path / "my")
+    learned = [i for i, marked in zip(ids, mask) if marked]
+    assert sp.id_to_piece(learned[0]) == "\n\n" and sp.decode(learned) == "\n\nHi"
+    assert learned[-1] == sp.eos_id() and not (tmp_path / "my/tokenizer.json").exists()
+    settings = json.loads((tmp_path / "my/tokenizer_config.json").read_text())
+    assert settings["chat_template"] == TEMPLATE and settings["eos_token"] == "</s>"
+
+
 # --------------------------------------------------------------------------------------------------
 # prepare.py chat
 
-@pytest.mark.parametrize("row", [openai, sharegpt])
-@pytest.mark.parametrize("name, pack", [
-    ("a.jsonl", as_jsonl), ("a.json.gz", lambda rows: gzip.compress(as_jsonl(rows))),
-    ("a.jsonl.zst", lambda rows: zstd.compress(as_jsonl(rows))), ("a.parquet", as_parquet)])
+@pytest.mark.parametrize("name, pack, row", [
+    ("a.jsonl", as_jsonl, openai),
+    ("a.json.gz", lambda rows: gzip.compress(as_jsonl(rows)), openai),
+    ("a.jsonl.zst", lambda rows: zstd.compress(as_jsonl(rows)), sharegpt),
+    ("a.parquet", as_parquet, openai), ("a.parquet", as_parquet, sharegpt)])
 def test_conversations_in_are_conversations_out(name, pack, row, model, folder, tmp_path):
     """Both forms in which conversations are published; and bits per byte of answers are wrong by
     the questions, if source.json counts these too."""
     conversations = random_conversations(30)
-    put(tmp_path, {name: pack(map(row, conversations) if name != "a.parquet"
-                              else [*map(row, conversations)])})
+    put(tmp_path, {name: pack([*map(row, conversations)])})
     out = tmp_path / "out"
     assert chat(folder, tmp_path / name, f"--out={out}", "--val_fraction=0.3") == 0
     info, train, val = json.loads((out / "source.json").read_text()), [], []
@@ -201,29 +225,34 @@ BAD = {      # a row, what is said of it, what it is counted under
                   "is no text that UTF-8 can write", "not text")}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_conversations_are_counted_and_named(case, model, folder, tmp_path, capsys):
+def test_bad_conversations_are_counted_and_named(model, folder, tmp_path, capsys):
     """One of them in a million must neither stop the work, nor take the rest of its file with it,
     nor be trained on in another form than it will be asked in."""
-    row, words, reason = BAD[case]
-    put(tmp_path, {"a.jsonl": as_jsonl([openai(HELLO), row, sharegpt(HELLO)])})
-    common = [tmp_path / "a.jsonl", "--val_fraction=0"]
-    assert chat(folder, *common, f"--out={tmp_path / 'out'}") == 3
-    printed = capsys.readouterr()
-    assert "a.jsonl:2 " in printed.err and words in printed.err
-    assert f"rows skipped: 1, {reason}" in printed.out
+    put(tmp_path, {"a.jsonl": as_jsonl([openai(HELLO), *(row for row, *_ in BAD.values()),
+                                        sharegpt(HELLO)])})
+    assert chat(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 3
+    printed, reasons = capsys.readouterr(), Counter(reason for *_, reason in BAD.values())
+    lines = printed.err.splitlines()
+    for k, line, (_, words, _) in zip(range(2, 99), lines, BAD.values()):
+        assert f"a.jsonl:{k} " in line and words in line
+    assert len(lines) == len(BAD)
+    assert all(f"rows skipped: {count}, {reason}\n" in printed.out
+               for reason, count in reasons.items())
+    about = json.loads((tmp_path / "out/source.json").read_text())
+    assert (about["lost"], about["broken"], about["skipped"]) == (len(BAD), [], reasons)
     assert read_chat(tmp_path / "out") == encoded(model, [HELLO] * 2)
-    assert "(--strict); 0 of 1 shards" in chat(folder, *common, "--strict",
-                                               f"--out={tmp_path / 'strict'}")
 
 
 def test_bad_conversations_of_parquet(model, folder, tmp_path, capsys):
     """There each message has every key that any of them has, and the others are null."""
     odd = {"messages": [U | {"name": "Ann"}, A | {"content": None}]}
     put(tmp_path, {"a.parquet": as_parquet([openai(HELLO), odd, openai(HELLO)])})
-    assert chat(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0") == 3
+    common = tmp_path / "a.parquet", "--val_fraction=0"
+    assert chat(folder, *common, f"--out={tmp_path / 'out'}") == 3
     assert "a.parquet: row 2 is no text but None" in capsys.readouterr().err
     assert read_chat(tmp_path / "out") == encoded(model, [HELLO] * 2)
+    said = chat(folder, *common, f"--out={tmp_path / 'strict'}", "--strict")
+    assert "a.parquet: row 2 is no text but None (--strict); 0 of 1 shards are done" in said
 
 
 def test_a_key_may_lie_deeper(model, folder, tmp_path):
@@ -320,17 +349,16 @@ def test_inspect_shows_what_is_learned(folder, tmp_path, capsys):
     assert f"{sum(mask) / len(mask):.0%} to be learned" in printed
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda path: path.unlink(), "is not there with"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "one per token: prepare the source"),
-    (lambda path: path.write_bytes(path.read_bytes() + b"\1"), "one per token: prepare the source"),
-    (lambda path: path.write_bytes(b"\2" + path.read_bytes()[1:]), "2 between tokens 0 and")])
-def test_damaged_masks_are_refused(harm, words, folder, model, tmp_path):
+def test_damaged_masks_are_refused(model, tmp_path):
     """Each would otherwise train, on the wrong words."""
     prepare.write_source(tmp_path / "my", [Conversation(tuple(HELLO), "")], model, 0, "a test",
                          chat=True)
     path = tmp_path / "my/train_00000.mask"
-    harm(path)
-    with pytest.raises(InputError, match=words) as error:
-        read_chat(tmp_path / "my")
-    assert str(path) in str(error.value)
+    whole = path.read_bytes()
+    for raw, words in [(None, "is not there with"), (whole[:-1], "one per token: prepare the"),
+                       (whole + b"\1", "one per token: prepare the source again"),
+                       (b"\2" + whole[1:], "2 between tokens 0 and .* the file is damaged")]:
+        path.write_bytes(raw) if raw else path.unlink()
+        with pytest.raises(InputError, match=words) as error:
+            read_chat(tmp_path / "my")
+        assert str(path) in str(error.value)

@@ -480,25 +480,25 @@ def test_bits_per_byte_of_quantized_weights(run, folder, tmp_path):
     assert 0 < abs(bits["int8"] - bits[None]) < 0.002 < abs(bits["int4"] - bits[None])
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_bits_per_byte_of_a_source_are_trainings(chat, run, folder, loaded, tmp_path):
+def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):
     """Evaluation and training disagreeing about the same checkpoint would leave one to wonder which
     is right. Of conversations both are of the answers; where the first windows have none, there is
     no number, and no division by 0."""
     ours = (folder / "tokenizer.model").read_bytes()
-    documents = DOCUMENTS[:20] if not chat else [
-        Conversation((("user", text), ("assistant", text[:90])), text) for text in DOCUMENTS[:20]]
-    prepare.write_source(tmp_path / "own", documents, ours, 0.5, "here", chat)
-    _, out, err = run(folder, f"--text={tmp_path / 'own'}", "--dtype=float32")
-    source = Source(tmp_path / "own", "val", 256)
     cfg = load_config(["--context=256", "--vocab_size=600", "--eval_tokens=1_000_000",
                        "--micro_batch=4"], train.TrainConfig)
     model, where = Llama.from_pretrained(folder), parallel.World(torch.device("cpu"))
-    _, bits = train.evaluate(model, SimpleNamespace(
-        val={"own": source}, cfg=cfg, world=where, dtype=torch.float32))
-    assert f"{bits['own']:.4f}" in out
-    code, _, err = run(folder, f"--text={tmp_path / 'own'}", "--limit=1")
-    assert code == 0 if not chat else code == 3 and "nothing is to be learned" in err
+    conversations = [Conversation((("user", text), ("assistant", text[:90])), text)
+                     for text in DOCUMENTS[:20]]
+    for chat, documents in (False, DOCUMENTS[:20]), (True, conversations):
+        own = tmp_path / f"own{chat}"
+        prepare.write_source(own, documents, ours, 0.5, "here", chat)
+        _, out, _ = run(folder, f"--text={own}", "--dtype=float32")
+        _, bits = train.evaluate(model, SimpleNamespace(
+            val={"own": Source(own, "val", 256)}, cfg=cfg, world=where, dtype=torch.float32))
+        assert f"{bits['own']:.4f}" in out
+        code, _, err = run(folder, f"--text={own}", "--limit=1")
+        assert (code, "nothing is to be learned in its 1 windows" in err) == (3 * chat, chat)
     other = tmp_path / "other"
     theirs = prepare.train_tokenizer(DOCUMENTS[5:30], 600)
     prepare.write_source(other, DOCUMENTS[:20], theirs, 0.5, "")
