@@ -66,7 +66,7 @@ class ConversationFilter(RowFilter):
 
     def from_row(self, row):
         if isinstance(row, dict) and "conversations" in row and field(
-                row, self.text_key) is MISSING:
+                row, self.text_key) in (MISSING, None):
             row = row | {self.text_key: row["conversations"]}
         return super().from_row(row)
 
