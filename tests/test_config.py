@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench
+import chat
 import eval as evaluation
 import plot
 import prepare
@@ -168,6 +169,14 @@ def test_forks_share_their_parents_past(path):
     assert ours == theirs
 
 
+def test_the_demo_learns_to_answer_from_its_last_checkpoint():
+    """A recipe that starts from a checkpoint which the demo never writes is refused after the
+    demo's minutes."""
+    cfg, _ = read_recipe([str(HERE / "config_demo_chat.py")])
+    _, _, ends, _, _ = recipe("demo")
+    assert cfg.init_from == f"out/demo/step_{ends[-1]:08d}"
+
+
 def test_every_config_field_is_used():
     """A key that is accepted and ignored is a lie."""
     text = "".join((HERE / f"{name}.py").read_text() for name in (
@@ -191,7 +200,7 @@ def test_help_says_what_every_key_means():
     (plot, "PATH --out=PATH.png"), (bench, "generate PATH --json=PATH"),
     (bench, "prepare PATH --tokenizer=PATH"), (prepare, "demo --data_dir=PATH"),
     (prepare, "tokenizer PATH --out=PATH"), (prepare, "tokenize PATH --tokenizer=PATH --out=PATH"),
-    (prepare, "inspect PATH")])
+    (prepare, "chat PATH --tokenizer=PATH --out=PATH"), (prepare, "inspect PATH"), (chat, "PATH")])
 def test_every_path_of_a_program_is_one(program, line):
     """Behind `=` no shell expands ~, and an unset variable leaves nothing of a path."""
     assert "~" not in str(program.parse_args(line.replace("PATH", "~/x").split()))
@@ -228,7 +237,7 @@ def test_documented_commands_parse():
             assert not arguments                                       # it takes none
         else:
             scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
-                       "eval": evaluation}
+                       "eval": evaluation, "chat": chat}
             scripts[script].parse_args(arguments)
 
 
