@@ -290,7 +290,8 @@ class Tokenizer:
         size                   ids from here on are never drawn: tokenizer or model lacks them
         bos_id, eos_ids        with which a document begins; which end it
         special                the special tokens, {text: id}
-        chat_template          in Jinja, or None; named_tokens are {"bos_token": "<s>", ...} for it
+        chat_template          in Jinja, or as tokenizer_config.json has it; named_tokens are
+                               {"bos_token": "<s>", ...} for it
 
     SentencePiece reads tokenizer.model. The package tokenizers reads tokenizer.json, where that is
     the only one, or has tokens that tokenizer.model cannot express. Raises InputError for damaged
@@ -340,15 +341,10 @@ class Tokenizer:
         bos = stated("bos_token_id") if bos is None else bos
         eos = eos if stated("eos_token_id") is None else stated("eos_token_id")
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
-        self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"} | {
-            key: text(value) for key, value in settings.items()
-            if value and key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        named = {"bos_token": "<s>", "eos_token": "</s>"} | {
+            key: text(value) for key, value in settings.items() if key.endswith("_token")}
+        self.named_tokens = {key: token for key, token in named.items() if token in self.vocab}
         self.chat_template = settings.get("chat_template")
-        if isinstance(self.chat_template, list):           # several, each with a name
-            self.chat_template = {item["name"]: item["template"]
-                                  for item in self.chat_template}.get("default")
-        if (path := self.folder / "chat_template.jinja").exists():
-            self.chat_template = path.read_text("utf-8")
         self.prefix = template_prefix(contents)
         if not contents and bos is not None and settings.get("add_bos_token") is not False:
             self.prefix = [bos]
@@ -379,7 +375,7 @@ class Tokenizer:
                             for token, (i, special) in added.items() if i >= n}
             self.vocab |= self.cuts
             self.special = {token: i for token, i in self.cuts.items()
-                            if added.get(token, (i, True))[1]}
+                            if i < n and self.sp.is_control(i) or added.get(token, (i, True))[1]}
         except (RuntimeError, OSError) as error:
             reasons.append(explain(path, error))
         if not self.sp or any(token["id"] >= n or token.get("lstrip") or token.get("rstrip")
@@ -429,22 +425,24 @@ class Tokenizer:
         return [*self.prefix, *self.encode_special(text)] or [self.bos_id]
 
     def guard(self, text):
-        """The text, with a GUARD in the letters of each special token."""
-        for token in self.special:
-            if len(token) > 1:
-                text = text.replace(token, token[0] + GUARD + token[1:])
+        """The text, with a GUARD after each letter that may begin a special token, even one that
+        ends in what is put after the text."""
+        for letter in {token[0] for token in self.special}:
+            text = text.replace(letter, letter + GUARD)
         return text
 
     def encode_special(self, text):
-        if self.fast and GUARD not in text:
-            self.fast.encode_special_tokens = False
-            return self.check(self.fast.encode(text, add_special_tokens=False).ids)
         cuts = self.special if self.fast else self.cuts
-        known = "|".join(map(re.escape, sorted(cuts, key=len, reverse=True)))
-        first, *rest = re.split(f"({known})", text)     # chunk, token, chunk, token, chunk ...
-        ids = self.encode(first.replace(GUARD, ""))
+        known = "|".join(map(re.escape, sorted(cuts, key=len, reverse=True))) or "(?!)"
+        # chunk, token, chunk, token, chunk ...
+        first, *rest = parts = [part.replace(GUARD, "") for part in re.split(f"({known})", text)]
+        plain = text.replace(GUARD, "")
+        if self.fast and parts == re.split(f"({known})", plain):       # no GUARD has changed it
+            self.fast.encode_special_tokens = False
+            return self.check(self.fast.encode(plain, add_special_tokens=False).ids)
+        ids = self.encode(first)
         for token, chunk in zip(rest[::2], rest[1::2]):
-            ids += [cuts[token], *self.encode_chunk(chunk.replace(GUARD, ""))]
+            ids += [cuts[token], *self.encode_chunk(chunk)]
         return self.check(ids)
 
     def check(self, ids):
