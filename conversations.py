@@ -118,9 +118,17 @@ class Template:
     """A chat template, rendered as `transformers` does: in a sandbox, since it is a program."""
 
     def __init__(self, tokenizer):
-        source = tokenizer.chat_template or TEMPLATE
-        if not tokenizer.chat_template:
-            print(f"note: {tokenizer.folder} has no chat template, so Zephyr's is used: the model "
+        self.folder = tokenizer.folder
+        self.template = self.call(self.compile, tokenizer)
+
+    def compile(self, tokenizer):
+        path = self.folder / "chat_template.jinja"
+        source = path.read_text("utf-8") if path.exists() else tokenizer.chat_template
+        if isinstance(source, list):                               # several, each with a name
+            source = {item["name"]: item["template"] for item in source}.get("default")
+        if not source:
+            source = TEMPLATE
+            print(f"note: {self.folder} has no chat template, so Zephyr's is used: the model "
                   "may not have been trained to answer", file=sys.stderr)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -130,19 +138,20 @@ class Template:
                                 "add_generation_prompt": True, **tokenizer.named_tokens}
         # these tags mark, for training, what the assistant says
         for tag, neutral in ("generation", "if true"), ("endgeneration", "endif"):
-            source = re.sub(rf"{{%(-?)\s*{tag}\s*(-?)%}}", rf"{{%\1 {neutral} \2%}}", source)
-        self.folder, self.template = tokenizer.folder, environment
-        self.template = self.call(environment.from_string, source)
+            source = re.sub(rf"{{%([-+]?)\s*{tag}\s*([-+]?)%}}", rf"{{%\1 {neutral} \2%}}",
+                            source)
+        return environment.from_string(source)
 
     def render(self, messages):
-        return self.call(self.template.render, messages=messages)
+        return self.call(lambda: self.template.render(messages=messages).encode().decode())
 
-    def call(self, function, *arguments, **options):
+    def call(self, function, *arguments):
         try:
-            return function(*arguments, **options)
+            return function(*arguments)
         except Exception as error:                  # whatever a program may raise
+            reason = " ".join(str(error).split()) or repr(error)
             raise InputError(f"the chat template of {self.folder} does not work here: "
-                             f"{error}") from None
+                             f"{reason}") from None
 
 
 def refuse(reason):
