@@ -27,11 +27,12 @@ from device import find_device, find_dtype
 from files import InputError, run_program
 from hf import find_model
 
-ANSWER = "\ufdd1"        # stands in a rendered text where an answer belongs; no text has it
+ANSWER = "\ufdd1"        # frames the ids of an answer; no text has it
 
 
 class Chat:
-    """A conversation: `messages` are dicts of role, content and, of an answer, its ids."""
+    """A conversation: `messages` are dicts of role and content. An answer's content are the ids
+    that were generated, as those of its text could be others, which the cache does not hold."""
 
     def __init__(self, decoder, tokenizer, context, args):
         self.decoder, self.tokenizer, self.context, self.args = decoder, tokenizer, context, args
@@ -42,27 +43,34 @@ class Chat:
         self.begin(args.system)
 
     def begin(self, system):
-        messages = [{"role": "system", "content": system}] if system else []
-        self.encode([*messages, {"role": "user", "content": ""}])      # refused now, if at all
+        """Begins a conversation, unless the template refuses its system message."""
+        messages = [self.message("system", system)] if system else []
+        prompt = [*messages, self.message("user", "?")]
+        text = self.template.render([*prompt, {"role": "assistant", "content": ANSWER}, prompt[-1]])
+        # a space that the template puts in front of answers, the model has generated itself
+        self.space = re.match(r"\s*", text.removeprefix(self.template.render(prompt)))[0]
         self.messages = messages
 
-    def encode(self, messages):
-        """The ids of a prompt. Answers keep the ids that were generated: those of their text could
-        be others, which the cache does not hold. In what people write, special tokens are text."""
-        text = self.template.render([
-            {"role": message["role"], "content": f"{ANSWER}{k}{ANSWER}" if "ids" in message
-             else self.tokenizer.guard(message["content"])} for k, message in enumerate(messages)])
+    def message(self, role, text):
+        """What people write: in it, special tokens are text."""
         sample.require_utf8(text)
-        first, *rest = re.split(f"{ANSWER}([0-9]+){ANSWER}", text)
-        ids = self.tokenizer.encode_special(first)
-        for k, chunk in zip(rest[::2], rest[1::2]):
-            ids += messages[int(k)]["ids"] + self.tokenizer.encode_special(chunk)
+        return {"role": role, "content": self.tokenizer.guard(text.replace(ANSWER, ""))}
+
+    def encode(self, messages):
+        """The ids of a prompt."""
+        first, *rest = re.split(f"(?:{self.space})?{ANSWER}([0-9 ]*){ANSWER}",
+                                self.template.render(messages))
+        encode, token = self.tokenizer.encode_special, next(iter(self.tokenizer.special), "")
+        ids = encode(first)
+        for answer, chunk in zip(rest[::2], rest[1::2]):
+            # after a special token, since the beginning of a text is encoded in another way
+            ids += [*map(int, answer.split()), *encode(token + chunk)[len(encode(token)):]]
         prefix = self.tokenizer.prefix                       # many templates begin with it
         return ids if ids[:len(prefix)] == prefix else [*prefix, *ids]
 
     def answer(self, text):
         """Prints the answer to a message as it comes. Returns whether it ended by itself."""
-        messages = [*self.messages, {"role": "user", "content": text.replace(ANSWER, "")}]
+        messages = [*self.messages, self.message("user", text)]
         ids, oldest, forgotten = self.encode(messages), int(messages[0]["role"] == "system"), 0
         most = min(self.args.max_new_tokens, self.context // 4)      # there is to be room for it
         while len(ids) + most > self.context and len(messages) > oldest + 1:
@@ -72,10 +80,9 @@ class Chat:
             raise InputError(f"with this message the text has {len(ids)} tokens, and the context "
                              f"{self.context}: shorten it")
         if forgotten:
-            print(f"(the context of {self.context} tokens is full: forgotten are the oldest "
-                  f"{forgotten} turns)", file=sys.stderr)
+            print(f"(the context is full: oldest turns forgotten: {forgotten})", file=sys.stderr)
 
-        new, streamer = [], sample.TextStreamer(self.tokenizer, ids)
+        new, streamer = [], sample.TextStreamer(self.tokenizer, ids[-64:])   # decoded at each step
         room = min(self.args.max_new_tokens, self.context - len(ids))
         stop = f"after {room} tokens"
         try:
@@ -87,12 +94,13 @@ class Chat:
             if not self.args.interactive:
                 raise
             stop = "by Ctrl-C"
-        print(streamer.add([], last=True))
         self.decoder.require_finite()
         self.decoder.ids = ids + new
         ended = bool(new) and new[-1] in self.tokenizer.eos_ids
         if new:
-            self.messages = [*messages, {"role": "assistant", "ids": new[:-1] if ended else new}]
+            content = f"{ANSWER}{' '.join(map(str, new[:-1] if ended else new))}{ANSWER}"
+            self.messages = [*messages, {"role": "assistant", "content": content}]
+        print(streamer.add([], last=True))
         if not ended:
             print(f"(stopped {stop})", file=sys.stderr)
         return ended
@@ -105,32 +113,19 @@ def parse_args(argv):
     add = parser.add_argument
     add("--message", metavar="TEXT", help="print the answer to this one, and end")
     add("--system", metavar="TEXT", default="", help="the first message, for the model to obey")
-    add("--context", type=int, default=4096,
-        help="most tokens of a conversation, as far as the model's context reaches (%(default)s)")
+    add("--context", type=int, default=4096, help="tokens of a conversation (at most %(default)s)")
     args = parser.parse_args(argv)
     sample.check_options(args)
     args.interactive = args.message is None and sys.stdin.isatty()
     return args
 
 
-def read_lines(interactive):
-    """Yields the lines of a pipe, or those that are typed."""
-    sys.stdin.reconfigure(errors="surrogateescape")
-    if not interactive:
-        yield from sys.stdin
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401 (from now on, input() edits lines and recalls old ones)
-    print("/help lists what there is besides messages", file=sys.stderr)
-    while True:
-        prompt = "> " if sys.stdout.isatty() else ""
-        print("" if prompt else "> ", end="", flush=True, file=sys.stderr)
-        try:
-            yield input(prompt)
-        except EOFError:
-            return print(file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D ends the program)", file=sys.stderr)
+def read_line(prompt):
+    """The next line of standard input. Raises EOFError at its end."""
+    if not sys.stdout.isatty():                  # it is to have answers only
+        print(prompt, end="", flush=True, file=sys.stderr)
+        prompt = ""
+    return input(prompt)
 
 
 def main(argv):
@@ -143,27 +138,37 @@ def main(argv):
     chat = Chat(sample.build_decoder(args, model, tokenizer, 1, context + 1, steps, (1,),
                                      ChatDecoder), tokenizer, context, args)
     if args.message is not None:
-        chat.answer(args.message)
-        return
+        return chat.answer(args.message)
+    if args.interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401 (from now on, input() edits lines and recalls old ones)
+        print("/help lists what there is besides messages", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")
     answers, ended, refused = 0, 0, 0
-    for line in read_lines(args.interactive):
-        command, _, rest = line.strip().partition(" ")
+    while True:
         try:
+            line = read_line("> " if args.interactive else "")
+            command, _, rest = line.strip().partition(" ")
             if command == "/quit":
                 break
             elif command in ("/new", "/system"):
                 chat.begin(rest if command == "/system" else args.system)
-            elif command == "/help" or re.fullmatch("/[a-z]+", command):
+            elif re.fullmatch("/[a-z]+", command):
                 print(re.search(r"    /new.*answer\n", __doc__, re.DOTALL)[0], file=sys.stderr)
+                refused += command != "/help"
             elif command:
-                ended += chat.answer(line.rstrip("\n"))
+                ended += chat.answer(line)
                 answers += 1
+        except EOFError:
+            print(end="\n" if args.interactive else "", file=sys.stderr)
+            break
         except InputError as error:
             print(error, file=sys.stderr)
             refused += 1
-        except KeyboardInterrupt:                # a second one, after the answer had ended
+        except KeyboardInterrupt:                # at the prompt, or one more after an answer
             if not args.interactive:
                 raise
+            print("\n(/quit or Ctrl-D ends the program)", file=sys.stderr)
     if not args.interactive:
         print(f"{answers} answers, {ended} of them ended by themselves", file=sys.stderr)
         if refused:

@@ -139,7 +139,8 @@ class Decoder:
 
 class ChatDecoder(Decoder):
     """A Decoder of one text, whose prefill reads only what its cache does not hold yet. `ids` are
-    those whose keys and values may be there, `read` how many the last prefill has read."""
+    those whose keys and values it holds, as far as `lengths` reaches; `read` is how many the last
+    prefill has read."""
     ids, read = [], 0
 
     def prefill(self, prompts, n=1):
@@ -148,11 +149,10 @@ class ChatDecoder(Decoder):
         held = self.ids[:self.cache.lengths.item()]
         kept = min(len(commonprefix([held, prompt])), len(prompt) - 1)
         self.cache.lengths.fill_(kept)
-        self.ids, self.read = prompt[:kept], len(prompt) - kept
+        self.ids, self.read = prompt, len(prompt) - kept
         device = self.cache.lengths.device
         for chunk in torch.tensor([prompt[kept:]], device=device).split(PREFILL_TOKENS, dim=1):
             x = self.model.hidden_states(chunk, self.cache)                  # (1, T, C)
-        self.ids = prompt
         logits = self.model.head(x[:, -1])[:, :self.vocabulary].float()
         self.largest_logit = logits.amax()
         self.require_finite()

@@ -508,7 +508,7 @@ def test_many_prompts(run, folder, tmp_path):
         assert [line["prompt"] for line in lines] == [
             prompt for prompt in ("Two roads", "", "Two roads diverged —") for _ in range(n)]
         assert all(line["prompt"] + line["completion"] == VERSE for line in lines)
-        assert "line 3 is left out: the prompt is not UTF-8" in done.stderr
+        assert "line 3 is left out: this is not UTF-8" in done.stderr
         assert "line 5 is left out" in done.stderr and "context of this model 64" in done.stderr
         assert done.returncode == 1                      # 3 where it is a program of its own
     for nothing in b"\xff\n", b"":
