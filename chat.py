@@ -48,7 +48,7 @@ class Chat:
         prompt = [*messages, self.message("user", "?")]
         text = self.template.render([*prompt, {"role": "assistant", "content": ANSWER}, prompt[-1]])
         # a space that the template puts in front of answers, the model has generated itself
-        self.space = re.match(r"\s*", text.removeprefix(self.template.render(prompt)))[0]
+        self.space = re.match(r"\s*", text.partition(self.template.render(prompt))[2])[0]
         self.messages = messages
 
     def message(self, role, text):
@@ -113,7 +113,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--message", metavar="TEXT", help="print the answer to this one, and end")
     add("--system", metavar="TEXT", default="", help="the first message, for the model to obey")
-    add("--context", type=int, default=4096, help="tokens of a conversation (at most %(default)s)")
+    add("--context", type=int, default=4096, help="most tokens of a conversation (%(default)s)")
     args = parser.parse_args(argv)
     sample.check_options(args)
     args.interactive = args.message is None and sys.stdin.isatty()

@@ -519,7 +519,7 @@ def added(token, **flags):
     return AddedToken(token, special=True, normalized=False, **flags)
 
 
-def byte_level_folder(folder, bos=None, template="smollm"):
+def byte_level_folder(folder, bos, template):
     """A tokenizer as SmolLM2 has one, or with a BOS as Llama 3."""
     fast = ByteLevelBPETokenizer()
     fast.train_from_iterator([TEXT, " ".join(TURNS)], 400, special_tokens=[
@@ -536,9 +536,10 @@ def byte_level_folder(folder, bos=None, template="smollm"):
 
 def chat_folder(name, source, folder):
     """A folder with the tokenizer of a chat model."""
-    if name in ("smollm", "llama3"):
+    if name in ("smollm", "llama3", "no bos"):
         folder.mkdir()
-        byte_level_folder(folder, *["<|endoftext|>", "rest"] * (name == "llama3"))
+        byte_level_folder(folder, "<|endoftext|>" if name == "llama3" else None,
+                          "smollm" if name == "smollm" else "rest")
         LlamaConfig(vocab_size=600, bos_token_id=0, eos_token_id=2).save_pretrained(folder)
         return folder
     shutil.copytree(source, folder)
@@ -563,7 +564,8 @@ def chat_folder(name, source, folder):
 
 
 FOLDERS = ["zephyr", "zephyr jinja", "zephyr added", "tinyllama", "tinyllama model",
-           "tinyllama added", "smollm", "llama3", "llama2", "llama2 model", "llama2 named", "rest"]
+           "tinyllama added", "smollm", "llama3", "no bos", "llama2", "llama2 model",
+           "llama2 named", "rest"]
 
 
 def stub(folder, **settings):
@@ -606,7 +608,7 @@ def test_prompts_are_those_of_transformers(chat_model):
                 encoder = Encoder((folder / "tokenizer.model").read_bytes())
                 assert encode_conversation([*roles, ("assistant", "")], encoder)[0][
                     :len(prompt)] == prompt
-    if name in ("rest", "llama3"):
+    if name in ("rest", "llama3", "no bos"):
         return                                   # of which the second prompt is not known
     first = [{"role": "user", "content": "a\n"}]
     ids = expected([*first, {"role": "assistant", "content": "Two roads"},
@@ -650,3 +652,18 @@ def test_no_message_forges_a_control_token(chat_model):
         found, decoded = encode(text)
         assert found == expected, text
         assert decoded.count(re.sub("[\ufdd0\ufdd1]", "", text)) >= 3, text
+
+
+def test_a_control_piece_is_special_whatever_else_is_said(source, tmp_path):
+    """Some folders list </s> as a token that is not special. And where the letters of two tokens
+    overlap, each of them is guarded."""
+    shutil.copytree(source, tmp_path / "m")
+    LlamaConfig(vocab_size=323).save_pretrained(tmp_path / "m")
+    (tmp_path / "m/tokenizer.json").unlink()
+    edit(tmp_path / "m/tokenizer_config.json", lambda settings: settings.update(
+        added_tokens_decoder={"2": {"content": "</s>", "special": False},
+                              "320": {"content": "---", "special": True}}))
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert tokenizer.encode_special("a</s>---").count(2) == 1
+    ids = tokenizer.encode_special(tokenizer.guard("a</s> ----- --") + "-")
+    assert not {2, 320} & set(ids) and tokenizer.decode(ids) == "a</s> ----- ---"
