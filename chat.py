@@ -9,8 +9,7 @@ costs its own tokens only. When the context is full, the oldest turns are forgot
     /help           this list
     /quit, Ctrl-D   the end; Ctrl-C ends an answer
 
-From a pipe each line is a message or one of these. Answers go to standard output, everything else
-to standard error.
+From a pipe each line is one of these or a message. Standard output gets answers and nothing else.
 """
 import argparse
 import re
@@ -37,6 +36,9 @@ class Chat:
     def __init__(self, decoder, tokenizer, context, args):
         self.decoder, self.tokenizer, self.context, self.args = decoder, tokenizer, context, args
         self.template = Template(tokenizer)
+        # what ends a turn in the template may be another token than what ends a document
+        turn = tokenizer.vocab.get(tokenizer.named_tokens.get("eos_token"))
+        self.ends = tokenizer.eos_ids | {turn}
         self.sample_token = partial(
             sample.sample_token, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             generator=torch.Generator(decoder.cache.lengths.device).manual_seed(args.seed))
@@ -81,13 +83,12 @@ class Chat:
                              f"{self.context}: shorten it")
         if forgotten:
             print(f"(the context is full: oldest turns forgotten: {forgotten})", file=sys.stderr)
-
         new, streamer = [], sample.TextStreamer(self.tokenizer, ids[-64:])   # decoded at each step
         room = min(self.args.max_new_tokens, self.context - len(ids))
         stop = f"after {room} tokens"
         try:
-            for (step,) in sample.generate(self.decoder, [ids], 1, room, self.tokenizer.eos_ids,
-                                           self.sample_token):
+            for (step,) in sample.generate(
+                    self.decoder, [ids], 1, room, self.ends, self.sample_token):
                 new += step
                 print(streamer.add(step), end="", flush=True)
         except KeyboardInterrupt:
@@ -96,7 +97,7 @@ class Chat:
             stop = "by Ctrl-C"
         self.decoder.require_finite()
         self.decoder.ids = ids + new
-        ended = bool(new) and new[-1] in self.tokenizer.eos_ids
+        ended = bool(new) and new[-1] in self.ends
         if new:
             content = f"{ANSWER}{' '.join(map(str, new[:-1] if ended else new))}{ANSWER}"
             self.messages = [*messages, {"role": "assistant", "content": content}]
@@ -130,9 +131,8 @@ def read_line(prompt):
 
 def main(argv):
     args = parse_args(argv)
-    folder = find_model(args.checkpoint)
     dtype, _ = find_dtype(find_device(), args.dtype)
-    model, tokenizer = sample.load_model(folder, args.quantize, dtype)
+    model, tokenizer = sample.load_model(find_model(args.checkpoint), args.quantize, dtype)
     context = min(args.context, model.config.context)
     steps = context if args.message is None else args.max_new_tokens
     chat = Chat(sample.build_decoder(args, model, tokenizer, 1, context + 1, steps, (1,),

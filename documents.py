@@ -481,7 +481,7 @@ def questions_and_answers(name, source):
             todo.append((node, f"{prefix}{node.name}."))
             doc = ast.get_docstring(node)
             answer = doc and doc.split("\n\n")[0].strip()
-            if not answer or not 30 < len(answer) <= 300:
+            if not answer or not answer[0].isupper() or not 30 < len(answer) <= 300:
                 continue
             full = f"`{module}.{prefix}{node.name}`"
             forms = (f"What does {full} do?", f"What is {full} for?", f"Explain {full}.",

@@ -470,7 +470,8 @@ def stdlib_conversations(prose, val_fraction):
             messages = [(role, text) for question, answer, _ in turns
                         for role, text in (("user", question), ("assistant", answer))]
             conversations.append(Conversation(tuple(messages), f"{turns[0][2]}\n"))
-    return conversations, [question for question, *_ in pairs[True][::len(pairs[True]) // 20][:20]]
+    step = max(1, len(pairs[True]) // 20)
+    return conversations, [question for question, *_ in pairs[True][::step][:20]]
 
 
 def demo(data_dir, vocab_size, val_fraction=0.05):

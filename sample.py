@@ -36,7 +36,7 @@ from files import InputError, as_path, run_program
 from hf import find_model
 from model import Llama
 from quantize import LINEAR_TYPES, freeze_for_inference
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, require_utf8
 
 # --------------------------------------------------------------------------------------------------
 # Loading
@@ -271,11 +271,6 @@ def parse_args(argv):
         args.num_samples = 1 if args.prompt or args.prompts or args.temperature == 0 else 4
     check_options(args)
     return args
-
-
-def require_utf8(text):
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"this is not UTF-8: {text!r:.80}")
 
 
 def encode_prompt(text, tokenizer, context):

@@ -277,6 +277,12 @@ def template_prefix(contents):
     return []
 
 
+def require_utf8(text):
+    """Raises InputError for a text that no UTF-8 gives, as of bytes of a command line or a file."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"this is not UTF-8: {text!r:.80}")
+
+
 class Tokenizer:
     """The tokenizer of a model folder. It finds the ids that `transformers` finds, but for two
     things: where no file says whether a prompt begins with BOS, it does; and spaces at the

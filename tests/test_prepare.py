@@ -27,7 +27,9 @@ from test_tokenizer import AWKWARD, TEXT, folder, model  # noqa: F401 (fixtures)
 import documents
 import prepare
 from data import Source
+from documents import hash_to_unit
 from files import InputError
+from tokenizer import load_tokenizer
 
 HERE = Path(__file__).parents[1]
 
@@ -738,19 +740,30 @@ def one(): "on the line"\nasync def two():\n    "first"; y = 1\n    return """ke
     compile(code, "x", "exec")
 
 
-def test_the_demo_builds_two_sources(tmp_path, monkeypatch, capsys):
+def test_the_demo_builds_three_sources(tmp_path, monkeypatch):
     """The demo is what newcomers meet first: it must build from whatever this Python brings, with
-    one tokenizer for both."""
+    one tokenizer for all, and its questions must be held out."""
     monkeypatch.setattr(prepare, "stdlib_corpus", lambda: (
         [f"Prose number {k}. " * 9 for k in range(60)],
         [f"x{k} = {k} + 1\n" * 9 for k in range(60)]))
+    monkeypatch.setattr(prepare, "library_modules", lambda: {"pack/mod.py": "\n\n\n".join(
+        f"def f{k}(x):\n" f'    """Return the thing that has number {k}.\n\n    Or not."""\n'
+        f"    return x + {k}\n" for k in range(600))})
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])
-    prose, code = (Source(tmp_path / name, "train", 32) for name in ("demo-prose", "demo-code"))
-    assert prose.header.tokenizer_sha256 == code.header.tokenizer_sha256
-    assert prose.windows > 10 < code.windows
+    names = "demo-prose", "demo-code", "demo-chat"
+    prose, code, chat = (Source(tmp_path / name, "train", 32) for name in names)
+    assert len({source.header.tokenizer_sha256 for source in (prose, code, chat)}) == 1
+    assert prose.windows > 10 < code.windows and chat.masks and not prose.masks
     assert Source(tmp_path / "demo-prose", "val", 32).windows > 0
+    sp = load_tokenizer(tmp_path / "demo-chat/tokenizer.model")
+    train, val = (sp.decode(source.read(0, source.header.tokens).tolist()) for source in (
+        chat, Source(tmp_path / "demo-chat", "val", 32)))
+    lines = (tmp_path / "demo-chat/questions.txt").read_text().splitlines()
+    assert len(lines) == 39 and set(lines[1::2]) == {"/new"}
+    assert all(question in val and question not in train for question in lines[::2])
+    assert "Write a function that returns the thing" in train and "return x + " in train
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])  # again: in the same place
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo-code", "demo-prose"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
 
 
 def test_no_text_is_in_both_demo_sources(monkeypatch):
@@ -763,3 +776,22 @@ def test_no_text_is_in_both_demo_sources(monkeypatch):
     whole, long = "\n".join(code), [text.strip() for text in prose if len(text) > 200]
     assert len(long) > 200 and len(whole) > 10 ** 5
     assert sum(text in whole for text in long) == 0
+
+
+def test_no_text_of_the_demos_conversations_is_in_both_splits(monkeypatch):
+    """Answers that were read before are recited, and look like learning: a text for validation is
+    not for training, as question, as answer, or in the prose of pretraining."""
+    modules = prepare.library_modules()
+    some = {name: modules[name] for name in sorted(modules)[::24]}
+    monkeypatch.setattr(prepare, "library_modules", lambda: some)
+    prose, _ = prepare.stdlib_corpus()
+    conversations, questions = prepare.stdlib_conversations(prose, 0.3)
+    texts = {True: set(), False: set()}
+    for messages, key in conversations:
+        texts[hash_to_unit(key.encode()) < 0.3] |= {text for _, text in messages}
+    assert len(texts[True]) > 50 < len(texts[False]) and not texts[True] & texts[False]
+    assert set(questions) <= texts[True] and len(questions) == 20
+    answers = [messages[1][1] for messages, key in conversations
+               if hash_to_unit(key.encode()) < 0.3]
+    assert not [answer for answer in answers for text in prose
+                if answer in text and hash_to_unit(text.encode()) >= 0.3]
