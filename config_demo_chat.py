@@ -5,7 +5,7 @@ Python's library with what the documentation says.
     python train.py config_demo_chat.py
     python chat.py out/demo_chat
 
-Three epochs, a minute or two on two CPU cores with bf16. At its end answers begin as documentation
+Three epochs, a minute on two CPU cores with bf16. At its end answers begin as documentation
 does, and end (README, Chat); what they say is made up. Half the batch, double the batch, and
 learning rates of 3e-3 and 6e-3 all came within one percent.
 """
