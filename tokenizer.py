@@ -330,9 +330,9 @@ class Tokenizer:
         special = {text(token) for key, value in settings.items() if "token" in key
                    for token in (value if isinstance(value, list) else [value])}
         added = {token: (i, token in special) for token, i in more.items()}
-        added |= {token["content"]: (int(i), token.get("special", False)) for i, token in (
-            *settings.get("added_tokens_decoder", {}).items(),
-            *((token["id"], token) for token in contents.get("added_tokens", [])))}
+        added |= {token["content"]: (int(i), token.get("special") or token["content"] in special)
+                  for i, token in (*settings.get("added_tokens_decoder", {}).items(), *(
+                      (token["id"], token) for token in contents.get("added_tokens", [])))}
         # A legacy tokenizer puts a space also in front of what follows an added token. The class
         # LlamaTokenizer is told by this key whether it is one; others do as their tokenizer.json,
         # and those that have none are, unless the key denies it
@@ -394,6 +394,9 @@ class Tokenizer:
                 self.fast.no_padding()
                 self.encode_chunk = self.encode_fast_chunk
                 self.vocab = self.fast.get_vocab()
+                for token in self.fast.get_added_tokens_decoder().values():
+                    if not token.special and added[token.content][1]:
+                        self.fast.add_special_tokens([token.content])
                 self.special = {token.content: i for i, token
                                 in self.fast.get_added_tokens_decoder().items() if token.special}
                 if of_llama:                  # transformers 5 replaces these parts of the file

@@ -667,3 +667,25 @@ def test_a_control_piece_is_special_whatever_else_is_said(source, tmp_path):
     assert tokenizer.encode_special("a</s>---").count(2) == 1
     ids = tokenizer.encode_special(tokenizer.guard("a</s> ----- --") + "-")
     assert not {2, 320} & set(ids) and tokenizer.decode(ids) == "a</s> ----- ---"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config", "tokenizer"])
+def test_the_named_end_of_a_turn_is_special_whatever_its_flag(place, source, tmp_path):
+    """It was printed after each answer, and any message could forge it."""
+    shutil.copytree(source, tmp_path / "m")
+    LlamaConfig(vocab_size=323).save_pretrained(tmp_path / "m")
+    tokens = []
+    add_to_json({"added_tokens": tokens})
+    for token in tokens:
+        token["special"] = False
+    changes = {"eos_token": "<|im_end|>"}
+    if place == "tokenizer":
+        edit(tmp_path / "m/tokenizer.json", lambda json: json["added_tokens"].extend(tokens))
+    else:
+        changes["added_tokens_decoder"] = {token["id"]: token for token in tokens}
+    edit(tmp_path / "m/tokenizer_config.json", lambda settings: settings.update(changes))
+    ours, theirs = Tokenizer(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    ids = ours.encode_prompt("a<|im_end|>b")
+    assert ids == theirs("a<|im_end|>b").input_ids and 321 in ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a b"
+    assert 321 not in ours.encode_special(ours.guard("a<|im_end|>b"))
