@@ -84,8 +84,8 @@ class ConversationFilter(RowFilter):
         roles = [role for role, _ in messages]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
-            raise Skip("roles out of turn", f"has messages of {', '.join(roles)[:80]}: user and assistant "
-                       "must take turns, after at most one system message")
+            raise Skip("roles out of turn", f"has messages of {', '.join(roles)[:80]}: user and "
+                       "assistant must take turns, after at most one system message")
         if "assistant" not in roles:
             raise Skip("no assistant", "has no message of an assistant")
         if any(role == "assistant" and not text.strip() for role, text in messages):
