@@ -454,11 +454,10 @@ def split_docstrings(source):
 
 
 # what a docstring may begin with, to become "Write a function that returns ..."
-VERBS = {verb: f"{verb}s" for verb in (
-    "add", "build", "call", "check", "compare", "compute", "convert", "create", "decode", "delete",
-    "encode", "extract", "find", "format", "generate", "get", "load", "make", "open", "parse",
-    "print", "read", "remove", "replace", "return", "send", "set", "sort", "split", "test",
-    "write")}
+VERBS = {"add", "build", "call", "check", "compare", "compute", "convert", "create", "decode",
+         "delete", "encode", "extract", "find", "format", "generate", "get", "load", "make", "open",
+         "parse", "print", "read", "remove", "replace", "return", "send", "set", "sort", "split",
+         "test", "write"}
 
 
 def questions_and_answers(name, source):
@@ -490,8 +489,8 @@ def questions_and_answers(name, source):
                 forms = f"What is {full}?", *forms[1:]
             found.append((forms[int(4 * hash_to_unit(full.encode()))], answer, [doc]))
             verb, _, rest = " ".join(answer.split()).partition(" ")
-            verb = verb.lower() if verb.lower() in VERBS.values() else VERBS.get(verb.lower())
-            if verb and not prefix and node.name in functions:
+            verb = verb.lower().removesuffix("s")
+            if verb in VERBS and not prefix and node.name in functions:
                 text, *part = functions[node.name]
-                found.append((f"Write a function that {verb} {rest}", text, [doc, *part]))
+                found.append((f"Write a function that {verb}s {rest}", text, [doc, *part]))
     return found

@@ -63,7 +63,6 @@ from tokenizer import Encoder, load_tokenizer, train_tokenizer, write_tokenizer
 
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "bytes")
-LEARNED = ("learned_tokens", "learned_bytes")          # of conversations
 
 
 def encode_texts(texts, encoder):
@@ -93,27 +92,22 @@ def write_documents(folder, i, documents, encoder, val_fraction, chat):
     a .mask beside each, all or none; what is in them, {split: counts}."""
     sp = encoder.sp
     header = Header(len(sp), sp.bos_id(), sp.eos_id(), encoder.tokenizer_sha256)
-    info = {split: dict.fromkeys(COUNTS + LEARNED * chat, 0) for split in SPLITS}
+    keys = (*COUNTS, "learned_tokens", "learned_bytes") if chat else COUNTS
+    info = {split: Counter(dict.fromkeys(keys, 0)) for split in SPLITS}
     encode = encode_conversations if chat else encode_texts
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(token_writer(folder / f"{split}_{i:05}.bin", header))
+        enter = stack.enter_context
+        files = {split: enter(token_writer(folder / f"{split}_{i:05}.bin", header))
                  for split in SPLITS}
-        masks = {split: stack.enter_context(mask_writer(folder / f"{split}_{i:05}.mask"))
+        masks = {split: enter(open(enter(atomic_write(folder / f"{split}_{i:05}.mask")), "wb"))
                  for split in SPLITS if chat}
         for key, ids, mask, counts in encode(documents, encoder):
             split = "val" if hash_to_unit(key.encode()) < val_fraction else "train"
             files[split].write(ids)
             if chat:
                 masks[split].write(mask)
-            for name, count in counts.items():
-                info[split][name] += count
+            info[split].update(counts)
     return info
-
-
-@contextlib.contextmanager
-def mask_writer(path):
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        yield file
 
 
 def write_metadata(folder, model, info, val_fraction, more):
@@ -351,7 +345,7 @@ def merge_shards(corpus):
     as they write the same bytes."""
     records = [read_json(corpus.record(i)) for i in range(len(corpus.shards()))]
     info = {split: {key: sum(record[split][key] for record in records)
-                    for key in COUNTS + LEARNED * corpus.chat} for split in SPLITS}
+                    for key in records[0][split]} for split in SPLITS}
     skipped = sum((Counter(record["skipped"]) for record in records), Counter())
     try:
         write_metadata(corpus.out, corpus.model, info, corpus.val_fraction, {
