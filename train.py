@@ -191,8 +191,8 @@ def read_batch(sources, rows, device):
 @torch.no_grad()
 def evaluate(model, run):
     """{source: nats per learned token} and {source: bits per byte} over at most eval_tokens of each
-    validation split: the same windows every time, spread evenly over it. (There is no dropout, so
-    no model.eval() either.)"""
+    validation split: the same windows every time, spread evenly over it. A source is left out where
+    they teach nothing. (There is no dropout, so no model.eval() either.)"""
     losses, bits, world = {}, {}, run.world
     for name, source in run.val.items():
         n = min(source.windows, max(1, run.cfg.eval_tokens // source.context))
