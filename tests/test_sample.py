@@ -617,8 +617,7 @@ def test_weights_that_are_not_finite_are_said(run, folder, tmp_path):
 def test_a_closed_pipe_is_no_error(folder, tmp_path):
     """python sample.py | head must not end in a stack trace."""
     (tmp_path / "prompts").write_text("Two\n" * 99)
-    for more in "--top_k=0 --num_samples=9", f'--prompts="{tmp_path / "prompts"}" --batch=2':
-        command = (f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" --max_new_tokens=50 '
-                   + more + " | head -c 1")
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    command = (f'"{sys.executable}" "{HERE / "sample.py"}" "{folder}" --max_new_tokens=50 '
+               f'--prompts="{tmp_path / "prompts"}" --batch=2 | head -c 1')
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -852,8 +852,7 @@ def test_weights_from_elsewhere(run, finished, tmp_path):
         assert was["init_from"] == str(folder)
         assert set(was["weights"]) == {p.name for p in folder.glob("*.safetensors")}
         assert records(tmp_path / "out")[1]["lr"] == pytest.approx(1e-2 / 3)
-        for step in 30, 32, 35:
-            shutil.rmtree(tmp_path / f"out/step_{step:08d}")
+        shutil.rmtree(tmp_path / "out/step_00000035")
         assert "continuing from" in run(f"--init_from={folder}")            # its own wins
         assert origin(tmp_path / "out/step_00000035") == was
         shutil.rmtree(tmp_path / "out")
@@ -999,11 +998,10 @@ def test_bad_recipes_are_refused(options, words, run, tmp_path):
 
 
 def test_a_refusal_is_no_stack_trace(world, tmp_path):
-    """Errors of data.py, model.py and train.py alike end the program with a sentence."""
-    for process in [start(world, tmp_path / "out", option)
-                    for option in ("--data=nowhere", "--n_head=3", "--learning_rte=1")]:
-        err = process.communicate(timeout=60)[1]
-        assert process.returncode == 1 and "Traceback" not in err and err.strip()
+    """An error raised deep inside, as by model.py, ends the program with a sentence."""
+    process = start(world, tmp_path / "out", "--n_head=3")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in err and err.strip()
 
 
 def test_sources_of_two_tokenizers_are_refused(run, world):
