@@ -107,7 +107,7 @@ TEMPLATES = {
         {%- generation %}{{ message.content }}{{ eos_token }}{% endgeneration -%}
     {%- else %}{{ message.content }}
     {%- endif %}
-    {%- if loop.index > 90 %}{% break %}{% endif %}
+    {% if loop.index > 90 %}{% break %}{% endif %}
 {%- endfor %}
 {%+ generation -%} {{ ns.system | tojson if ns.system }} {%- endgeneration %}
 {%- if add_generation_prompt %}{{ '\n->' }}{% endif %}"""}
@@ -671,7 +671,8 @@ def test_a_control_piece_is_special_whatever_else_is_said(source, tmp_path):
 
 @pytest.mark.parametrize("place", ["tokenizer_config", "tokenizer"])
 def test_the_named_end_of_a_turn_is_special_whatever_its_flag(place, source, tmp_path):
-    """It was printed after each answer, and any message could forge it."""
+    """It was printed after each answer, and any message could forge it. And it ends an answer, even
+    where config.json names another EOS."""
     shutil.copytree(source, tmp_path / "m")
     LlamaConfig(vocab_size=323).save_pretrained(tmp_path / "m")
     tokens = []
@@ -689,3 +690,17 @@ def test_the_named_end_of_a_turn_is_special_whatever_its_flag(place, source, tmp
     assert ids == theirs("a<|im_end|>b").input_ids and 321 in ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a b"
     assert 321 not in ours.encode_special(ours.guard("a<|im_end|>b"))
+    assert stub(tmp_path / "m").ends == {2, 321} and ours.eos_ids == {2}
+
+
+@pytest.mark.parametrize("kind", ["zephyr", "tinyllama"])
+def test_what_is_guarded_has_the_same_ids_by_both_libraries(kind, source, tmp_path):
+    """Where a message spells </s>, the package tokenizers put a space after the next real one."""
+    folder = chat_folder(kind, source, tmp_path / "m")
+    found = []
+    for library in "sp", "fast":
+        tokenizer = Tokenizer(folder)
+        found.append(tokenizer.encode_special("<s>a" + tokenizer.guard("b</s> c\nd") + "</s>e</s>"))
+        assert getattr(tokenizer, library)
+        (folder / "tokenizer.model").unlink(missing_ok=True)
+    assert found[0] == found[1] and found[0].count(2) == 2

@@ -740,15 +740,18 @@ def one(): "on the line"\nasync def two():\n    "first"; y = 1\n    return """ke
     compile(code, "x", "exec")
 
 
+MODULE = "\n\n\n".join(
+    f"def f{k}(x):\n" f'    """Return the thing that has number {k}.\n\n    Or not."""\n'
+    f"    return x + {k}  # that number\n" for k in range(600))
+
+
 def test_the_demo_builds_three_sources(tmp_path, monkeypatch):
     """The demo is what newcomers meet first: it must build from whatever this Python brings, with
     one tokenizer for all, and its questions must be held out."""
     monkeypatch.setattr(prepare, "stdlib_corpus", lambda: (
         [f"Prose number {k}. " * 9 for k in range(60)],
         [f"x{k} = {k} + 1\n" * 9 for k in range(60)]))
-    monkeypatch.setattr(prepare, "library_modules", lambda: {"pack/mod.py": "\n\n\n".join(
-        f"def f{k}(x):\n" f'    """Return the thing that has number {k}.\n\n    Or not."""\n'
-        f"    return x + {k}\n" for k in range(600))})
+    monkeypatch.setattr(prepare, "library_modules", lambda: {"pack/mod.py": MODULE})
     prepare.main(["demo", f"--data_dir={tmp_path}", "--vocab_size=300"])
     names = "demo-prose", "demo-code", "demo-chat"
     prose, code, chat = (Source(tmp_path / name, "train", 32) for name in names)
@@ -780,18 +783,20 @@ def test_no_text_is_in_both_demo_sources(monkeypatch):
 
 def test_no_text_of_the_demos_conversations_is_in_both_splits(monkeypatch):
     """Answers that were read before are recited, and look like learning: a text for validation is
-    not for training, as question, as answer, or in the prose of pretraining."""
+    not for training, as question, as answer, or in the prose and code of pretraining."""
     modules = prepare.library_modules()
-    some = {name: modules[name] for name in sorted(modules)[::24]}
+    some = {name: modules[name] for name in sorted(modules)[::48]} | {
+        "a.py": MODULE, "b.py": MODULE.replace("Return the", "Another. Return the")}
     monkeypatch.setattr(prepare, "library_modules", lambda: some)
-    prose, _ = prepare.stdlib_corpus()
+    prose, code = prepare.stdlib_corpus()
     conversations, questions = prepare.stdlib_conversations(prose, 0.3)
     texts = {True: set(), False: set()}
     for messages, key in conversations:
         texts[hash_to_unit(key.encode()) < 0.3] |= {text for _, text in messages}
     assert len(texts[True]) > 50 < len(texts[False]) and not texts[True] & texts[False]
     assert set(questions) <= texts[True] and len(questions) == 20
-    answers = [messages[1][1] for messages, key in conversations
-               if hash_to_unit(key.encode()) < 0.3]
-    assert not [answer for answer in answers for text in prose
+    answers = [text for messages, key in conversations
+               if hash_to_unit(key.encode()) < 0.3 for _, text in messages[1::2]]
+    assert any(answer.startswith("def ") for answer in answers)
+    assert not [answer for answer in answers for text in prose + code
                 if answer in text and hash_to_unit(text.encode()) >= 0.3]
