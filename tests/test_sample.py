@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -459,6 +461,18 @@ def test_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
     os.utime("out/b/step_00000003/training/state.json", (5000, 5000))
     os.utime("out/a/step_00000009/training/state.json", (4000, 4000))
     assert find_model(None) == Path("out/b/step_00000003")
+
+
+def test_a_name_on_the_hub_brings_all_that_is_read(tmp_path, monkeypatch):
+    """A chat template may be a file of its own, without which a model is talked to by another."""
+    taken = []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(
+        snapshot_download=lambda name, allow_patterns: taken.extend(allow_patterns) or tmp_path))
+    assert find_model("owner/model") == tmp_path
+    for file in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.model",
+                 "chat_template.jinja"):
+        assert any(fnmatch(file, pattern) for pattern in taken), file
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in taken)
 
 
 @pytest.mark.parametrize("name", ["out/dmeo", "./demo", "a/b/c", "runs/dmeo/", "/x/y", "dmeo"])
