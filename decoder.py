@@ -146,12 +146,13 @@ class ChatDecoder(Decoder):
     def prefill(self, prompts, n=1):
         """Logits (1, V) after the only prompt."""
         prompt, = prompts
-        held = self.ids[:self.cache.lengths.item()]
-        kept = min(len(commonprefix([held, prompt])), len(prompt) - 1)
-        self.cache.lengths.fill_(kept)
-        self.ids, self.read = prompt, len(prompt) - kept
-        device = self.cache.lengths.device
-        for chunk in torch.tensor([prompt[kept:]], device=device).split(PREFILL_TOKENS, dim=1):
+        cached = self.ids[:self.cache.lengths.item()]
+        # the last id is read in any case: its logits are wanted
+        start = min(len(commonprefix([cached, prompt])), len(prompt) - 1)
+        self.cache.lengths.fill_(start)
+        self.ids, self.read = prompt, len(prompt) - start
+        new = torch.tensor([prompt[start:]], device=self.cache.lengths.device)   # (1, T)
+        for chunk in new.split(PREFILL_TOKENS, dim=1):
             x = self.model.hidden_states(chunk, self.cache)                  # (1, T, C)
         logits = self.model.head(x[:, -1])[:, :self.vocabulary].float()
         self.largest_logit = logits.amax()
