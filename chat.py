@@ -26,7 +26,7 @@ from device import find_device, find_dtype
 from files import InputError, run_program
 from hf import find_model
 
-ANSWER = "\ufdd1"        # frames the ids of an answer; no text has it
+ANSWER = "\ufdd1"     # frames the ids of an answer, in decimal, in a rendered text; no text has it
 
 
 class Chat:
@@ -36,9 +36,8 @@ class Chat:
     def __init__(self, decoder, tokenizer, context, args):
         self.decoder, self.tokenizer, self.context, self.args = decoder, tokenizer, context, args
         self.template = Template(tokenizer)
-        # what ends a turn in the template may be another token than what ends a document
-        turn = tokenizer.vocab.get(tokenizer.named_tokens.get("eos_token"))
-        self.ends = tokenizer.eos_ids | {turn}
+        end_of_turn = tokenizer.vocab.get(tokenizer.named_tokens.get("eos_token"))
+        self.ends = tokenizer.eos_ids | {end_of_turn}
         self.sample_token = partial(
             sample.sample_token, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             generator=torch.Generator(decoder.cache.lengths.device).manual_seed(args.seed))
@@ -49,7 +48,7 @@ class Chat:
         messages = [self.message("system", system)] if system else []
         prompt = [*messages, self.message("user", "?")]
         text = self.template.render([*prompt, {"role": "assistant", "content": ANSWER}, prompt[-1]])
-        # a space that the template puts in front of answers, the model has generated itself
+        # a space that the template puts in front of answers the model has generated: it goes
         self.space = re.match(r"\s*", text.partition(self.template.render(prompt))[2])[0]
         self.messages = messages
 
@@ -65,7 +64,7 @@ class Chat:
         encode, token = self.tokenizer.encode_special, next(iter(self.tokenizer.special), "")
         ids = encode(first)
         for answer, chunk in zip(rest[::2], rest[1::2]):
-            # after a special token, since the beginning of a text is encoded in another way
+            # after a special token, as SentencePiece puts a space in front of a text
             ids += [*map(int, answer.split()), *encode(token + chunk)[len(encode(token)):]]
         prefix = self.tokenizer.prefix                       # many templates begin with it
         return ids if ids[:len(prefix)] == prefix else [*prefix, *ids]
@@ -131,12 +130,14 @@ def read_line(prompt):
 
 def main(argv):
     args = parse_args(argv)
-    dtype, _ = find_dtype(find_device(), args.dtype)
-    model, tokenizer = sample.load_model(find_model(args.checkpoint), args.quantize, dtype)
+    folder, (dtype, _) = find_model(args.checkpoint), find_dtype(find_device(), args.dtype)
+    if args.checkpoint is None:
+        print(folder, file=sys.stderr)
+    model, tokenizer = sample.load_model(folder, args.quantize, dtype)
     context = min(args.context, model.config.context)
-    steps = context if args.message is None else args.max_new_tokens
-    chat = Chat(sample.build_decoder(args, model, tokenizer, 1, context + 1, steps, (1,),
-                                     ChatDecoder), tokenizer, context, args)
+    chat = Chat(sample.build_decoder(
+        args, model, tokenizer, rows=1, size=context + 1, step_tokens=(1,), kind=ChatDecoder,
+        steps=context if args.message is None else args.max_new_tokens), tokenizer, context, args)
     if args.message is not None:
         return chat.answer(args.message)
     if args.interactive:
@@ -144,21 +145,21 @@ def main(argv):
             import readline  # noqa: F401 (from now on, input() edits lines and recalls old ones)
         print("/help lists what there is besides messages", file=sys.stderr)
     sys.stdin.reconfigure(errors="surrogateescape")
-    answers, ended, refused = 0, 0, 0
+    ended, refused = [], 0
     while True:
         try:
             line = read_line("> " if args.interactive else "")
-            command, _, rest = line.strip().partition(" ")
+            command, _, rest = line.rstrip().partition(" ")
             if command == "/quit":
                 break
             elif command in ("/new", "/system"):
                 chat.begin(rest if command == "/system" else args.system)
             elif re.fullmatch("/[a-z]+", command):
-                print(re.search(r"    /new.*answer\n", __doc__, re.DOTALL)[0], file=sys.stderr)
                 refused += command != "/help"
-            elif command:
-                ended += chat.answer(line)
-                answers += 1
+                print("" if command == "/help" else f"there is no command {command}:\n",
+                      __doc__.split("\n\n")[2], sep="", file=sys.stderr)
+            elif line.strip():
+                ended.append(chat.answer(line))
         except EOFError:
             print(end="\n" if args.interactive else "", file=sys.stderr)
             break
@@ -170,9 +171,8 @@ def main(argv):
                 raise
             print("\n(/quit or Ctrl-D ends the program)", file=sys.stderr)
     if not args.interactive:
-        print(f"{answers} answers, {ended} of them ended by themselves", file=sys.stderr)
-        if refused:
-            sys.exit(3)
+        print(f"{len(ended)} answers, {sum(ended)} ended by themselves", file=sys.stderr)
+        sys.exit(3 if refused else 0)
 
 
 if __name__ == "__main__":

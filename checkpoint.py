@@ -257,8 +257,11 @@ def read_fork(path):
 def check_init(path, cfg, sources):
     """Exits where the weights in a folder are of another shape or tokenizer than the recipe's."""
     if not (path / "config.json").exists():
-        hint = (f"It is a run: name a checkpoint, such as {newest(path)}" if checkpoints(path)
-                else "A model from the hub has to be downloaded first")
+        hint = "A model from the hub has to be downloaded first"
+        if checkpoints(path):
+            hint = f"It is a run: name a checkpoint, such as {newest(path)}"
+        elif path.name.startswith("step_"):
+            hint = f"Train up to it first; {path.parent} has {newest(path.parent) or 'none'} so far"
         sys.exit(f"init_from {path} is no folder of a model: it has no config.json. {hint}")
     try:
         theirs = dict(vars(read_config(path, ModelConfig)))

@@ -50,7 +50,7 @@ def parse_option(arg, kinds):
         return {key: ast.literal_eval(text)}
     except (ValueError, SyntaxError) as error:
         if text[:1] in ("[", "{"):
-            sys.exit(f"{arg} is not valid Python: {error}")
+            sys.exit(f"{arg} is not valid Python: {error}; words in it need quotes")
         return {key: text}
 
 

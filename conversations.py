@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from documents import MISSING, RowFilter, Skip, check_text, field
+from documents import RowFilter, Skip, check_text
 from files import InputError
 
 # Jinja, which transformers, vLLM and llama.cpp render. It takes what training takes, and no more.
@@ -58,16 +58,18 @@ class Conversation(NamedTuple):
 @dataclass(frozen=True)
 class ConversationFilter(RowFilter):
     """Takes conversations from rows: a list of {"role", "content"} under the key `messages`, as
-    OpenAI's, or of {"from", "value"} under `conversations`, as ShareGPT's."""
+    OpenAI's, or of {"from", "value"} under `conversations`, as ShareGPT's, or without a key."""
     text_key: str = "messages"
 
     def columns(self):
         return [*super().columns(), "conversations"]
 
     def from_row(self, row):
-        if isinstance(row, dict) and "conversations" in row and field(
-                row, self.text_key) in (MISSING, None):
-            row = row | {self.text_key: row["conversations"]}
+        if isinstance(row, list):
+            row = {self.text_key: row}
+        if isinstance(row, dict) and row.get("messages") is None and "conversations" in row \
+                and self.text_key == "messages":
+            row = row | {"messages": row["conversations"]}
         return super().from_row(row)
 
     def accept(self, rows):
@@ -80,7 +82,10 @@ class ConversationFilter(RowFilter):
             if role not in [*ROLES]:                        # it may be a list, which has no hash
                 raise Skip("unknown role", f"has a message of {role!r:.80}: only {', '.join(ROLES)}"
                            " are known")
-        messages = tuple((ROLES[role], check_text(text)) for role, text in messages)
+        try:
+            messages = tuple((ROLES[role], check_text(text)) for role, text in messages)
+        except Skip as skip:
+            raise Skip(skip.reason, f"has a message that {skip.message}") from None
         roles = [role for role, _ in messages]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):

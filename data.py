@@ -133,7 +133,7 @@ class Source:
         folder = Path(folder)
         self.name, self.context = folder.name, context
         command = ("demo" if self.name.startswith("demo-") else
-                   f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}")
+                   f"tokenize FILES... --tokenizer=tokenizer.model --out={folder}   # or chat")
         require(folder.is_dir(), f"there is no folder {folder}: make it with\n"
                 f"  python prepare.py {command}")
         require((folder / "source.json").exists() or not (folder / "units").is_dir(),

@@ -146,7 +146,7 @@ def print_counts(out, info):
         documents, tokens, size = (info[split][key] for key in COUNTS)
         ratio = f"  {size / tokens:.2f} bytes per token" if tokens else ""
         if tokens and "learned_tokens" in info[split]:
-            ratio += f"  {info[split]['learned_tokens'] / tokens:.0%} to be learned"
+            ratio = f"  {info[split]['learned_tokens'] / tokens:.0%} to be learned"
         print(f"  {split:5} {documents:>9,} documents {tokens:>13,} tokens {size:>14,} bytes"
               + ratio)
 
@@ -409,8 +409,9 @@ def inspect_source(folder):
           f"tokenizer {header.tokenizer_sha256[:12]}")
     for split, source in sources.items():
         if total := source.info["tokens"]:
-            print(f"{split} begins {show(sp, source, 0, min(total, 48))}")
-            print(f"{split} ends   {show(sp, source, max(0, total - 48), total)}")
+            n = min(total, 256 if source.masks else 48)
+            print(f"{split} begins {show(sp, source, 0, n)}")
+            print(f"{split} ends   {show(sp, source, total - n, total)}")
     if sources["train"].masks:
         print("to be learned is what stands in [[ ]]")
 

@@ -75,6 +75,8 @@ def train_tokenizer(texts, vocab_size):
 def load_tokenizer(path):
     """The SentencePieceProcessor of a tokenizer.model. Exits if the file is missing, damaged, or
     has no BOS or EOS token."""
+    if os.path.isdir(path):
+        sys.exit(f"{path} is a folder: give its tokenizer.model, {path}/tokenizer.model")
     if not os.path.isfile(path):
         sys.exit(f"there is no tokenizer {path}: train one with prepare.py tokenizer FILES... "
                  f"--out={path}, or copy the tokenizer.model of a Llama 2 model here")

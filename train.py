@@ -130,7 +130,7 @@ def lr_at(tokens, total, warmup, cfg):
 
 def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False, learned=None):
     """One optimizer step on x, y (rows, T), this process's rows of the batch, in micro-batches of
-    `micro` rows. Of the whole batch so many targets per process are to be `learned`, all if None.
+    `micro` rows. `learned` are the whole batch's targets to learn, per process; None: all are.
     Returns
         the mean loss of the whole batch, nats per learned token,
         the norm of its gradient before clipping,
@@ -143,7 +143,7 @@ def train_step(model, optimizer, x, y, lr, micro, dtype, grad_clip, stop=False, 
         last = i == len(micro_batches) - 1
         with grad_sync(model, last):                 # ranks exchange gradients once per step
             with autocast(x.device, dtype):
-                # the mean is over the learned targets of the batch: a mean of means it is not
+                # over the batch's learned targets: it is no mean of the micro-batches' means
                 loss = model(inputs, targets) * ((targets >= 0).sum() / (learned or y.numel()))
             loss.backward()                          # adds to the gradients that are there
         total_loss += loss.detach()

@@ -164,25 +164,28 @@ def test_what_was_learned_is_answered(run, folder, monkeypatch):
     done = run(folder, *GREEDY, lines=lines.encode())
     assert done.stdout.splitlines() == [TURNS[1], TURNS[3], TURNS[1]] and done.returncode == 0
     assert "/quit, Ctrl-D" in done.stderr and "> " not in done.stderr
-    assert done.stderr.splitlines()[-1] == "3 answers, 3 of them ended by themselves"
+    assert done.stderr.splitlines()[-1] == "3 answers, 3 ended by themselves"
     assert "readline" not in sys.modules             # which is for terminals
     done = run(folder, *GREEDY, "--message=Which roads?", lines=b"not read\n")
     assert (done.stdout, done.stderr, done.returncode) == (TURNS[1] + "\n", "", 0)
 
 
 def test_lines_that_cannot_be_answered_cost_one_sentence(run, folder):
-    """One bad line must not end a thousand others, nor pass unnoticed: status 3."""
+    """One bad line must not end a thousand others, nor pass unnoticed: status 3. A message with a
+    space in front is never a command."""
     bad = [b"caf\xe9", b"long " * 600, b"/nwe", b"/system \xff"]
     done = run(folder, *GREEDY, lines=b"\n".join([*bad, TURNS[0].encode(), TURNS[2].encode()]))
     assert done.stdout.splitlines() == [TURNS[1], TURNS[3]] and done.returncode == 3
     errors = done.stderr.splitlines()
     assert errors[0] == r"this is not UTF-8: 'caf\udce9'"
     assert re.fullmatch(r"with this message the text has \d+ tokens, .* 512: shorten it", errors[1])
-    assert "/help" in done.stderr and errors[-2] == r"this is not UTF-8: '\udcff'"
-    assert errors[-1] == "2 answers, 2 of them ended by themselves"
+    assert "there is no command /nwe:" in errors and errors[-2] == r"this is not UTF-8: '\udcff'"
+    assert errors[-1] == "2 answers, 2 ended by themselves"
     for message in b"caf\xe9", b"long " * 600, b"":
         done = run(folder, *GREEDY, "--message=" + os.fsdecode(message))
         assert done.returncode == bool(message) and done.stderr.count("\n") <= 1
+    done = run(folder, "--max_new_tokens=2", *GREEDY, lines=b" /quit\n")
+    assert "1 answers" in done.stderr
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -200,7 +203,7 @@ def test_the_oldest_turns_are_forgotten(run, stranger, system, monkeypatch):
     if system:
         arguments += [f"--system={system}"]
     done = run(*arguments, lines=b"".join(b"Message %d\n" % k for k in range(8)))
-    assert done.returncode == 0 and "8 answers, 0 of them ended by themselves" in done.stderr
+    assert done.returncode == 0 and "8 answers, 0 ended by themselves" in done.stderr
     assert len(prompts) == 8 and all(len(ids) + room <= 180 for ids, room in prompts)
     assert done.stderr.count("oldest turns forgotten: 1)") >= 4
     tokenizer = Tokenizer(stranger)
@@ -415,7 +418,7 @@ def test_a_closed_input_is_an_empty_one(folder):
 
     terminal = Terminal(folder, *GREEDY, setup=close)
     code, printed = terminal.wait()
-    assert code == 0 and printed == "0 answers, 0 of them ended by themselves\r\n"
+    assert code == 0 and printed == "0 answers, 0 ended by themselves\r\n"
 
 
 # --------------------------------------------------------------------------------------------------

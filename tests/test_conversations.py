@@ -243,16 +243,32 @@ def test_bad_conversations_are_counted_and_named(model, folder, tmp_path, capsys
     assert read_chat(tmp_path / "out") == encoded(model, [HELLO] * 2)
 
 
+def test_a_row_that_is_the_list_of_messages_is_a_conversation(model, folder, tmp_path):
+    """The advice for rows without keys, `jq -c '.[]'`, would tear each into its messages."""
+    put(tmp_path, {"a.jsonl": as_jsonl([openai(HELLO)["messages"], openai(HELLO)])})
+    assert not chat(folder, tmp_path, f"--out={tmp_path / 'out'}", "--val_fraction=0")
+    assert read_chat(tmp_path / "out") == encoded(model, [HELLO] * 2)
+
+
+def test_a_key_that_is_named_is_the_only_one(folder, tmp_path, capsys):
+    """A mistyped key fell back to `conversations` where a row had that, so that half of the rows
+    were there."""
+    put(tmp_path, {"a.jsonl": as_jsonl([sharegpt(HELLO), {"my": openai(HELLO)["messages"]}])})
+    assert chat(folder, tmp_path, f"--out={tmp_path / 'out'}", "--text_key=my",
+                "--val_fraction=0") == 3
+    assert "a.jsonl:1 has no 'my'" in capsys.readouterr().err
+
+
 def test_bad_conversations_of_parquet(model, folder, tmp_path, capsys):
     """There each message has every key that any of them has, and the others are null."""
     odd = {"messages": [U | {"name": "Ann"}, A | {"content": None}]}
     put(tmp_path, {"a.parquet": as_parquet([openai(HELLO), odd, openai(HELLO)])})
     common = tmp_path / "a.parquet", "--val_fraction=0"
     assert chat(folder, *common, f"--out={tmp_path / 'out'}") == 3
-    assert "a.parquet: row 2 is no text but None" in capsys.readouterr().err
+    assert "a.parquet: row 2 has a message that is no text but None" in capsys.readouterr().err
     assert read_chat(tmp_path / "out") == encoded(model, [HELLO] * 2)
     said = chat(folder, *common, f"--out={tmp_path / 'strict'}", "--strict")
-    assert "a.parquet: row 2 is no text but None (--strict); 0 of 1 shards are done" in said
+    assert "row 2 has a message that is no text but None (--strict); 0 of 1 shards" in said
 
 
 def test_a_key_may_lie_deeper(model, folder, tmp_path):

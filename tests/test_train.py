@@ -866,6 +866,7 @@ def test_weights_that_do_not_fit_are_refused(run, finished, world, tmp_path):
             (["--d_ff=64", "--rope_theta=5e5", weights], "d_ff: 48 there, 64 here.*rope_theta"),
             ([f"--init_from={finished}"], f"a run: name a checkpoint, such as {finished}/step_"),
             ([f"--init_from={tmp_path / 'no'}"], "no folder of a model: it has no config.json"),
+            ([f"--init_from={finished / 'step_00000099'}"], "Train up to it first; .*_00000035 so"),
             ([weights, "--fork_from=x"], "a run has one origin: fork_from x or init_from")):
         with pytest.raises(SystemExit, match=f"(?s){words}"):
             run(*options)
