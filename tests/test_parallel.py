@@ -91,8 +91,9 @@ def assert_same_training(out, reference):
     last = max(out.glob("step_*")).name
     assert difference(last, lambda name: not name.endswith((".step", "_avg", "_avg_sq"))) < 5e-3
     assert difference(last, lambda name: name.endswith("_avg")) < 5e-3
-    # after one step Adam's first moment is a tenth of the gradient
-    assert difference("step_00000001", lambda name: name.endswith("_avg")) < 1e-5
+    # after one step, unless it was skipped, Adam's first moment is a tenth of the gradient
+    if any(name.endswith("_avg") for name in weights(reference / "step_00000001")):
+        assert difference("step_00000001", lambda name: name.endswith("_avg")) < 1e-5
 
 
 @pytest.fixture(scope="module")
