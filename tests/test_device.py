@@ -116,8 +116,8 @@ def test_promises_are_those_of_the_card(name, bf16, fp32):
     assert peak_flops(name, torch.bfloat16) == bf16 and peak_flops(name, torch.float32) == fp32
 
 
-@pytest.mark.parametrize("headers", [None, pytest.param(False, marks=pytest.mark.slow),
-                                     pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("headers", [None, False, True])
 def test_what_compiles_is_found_by_compiling(headers, tmp_path):
     """A compiler that is there may lack Python's headers: training began, and ended at its first
     step in a page of errors. Without a compiler (None), with one that finds no headers; with all.
