@@ -192,6 +192,7 @@ def continued(world, half, out, ranks, strategy, node=None):
     return printed
 
 
+@pytest.mark.slow
 def test_from_one_process_to_two(half, alone, world, tmp_path):
     """Adam's moments read by the wrong rows, or a count forgotten, bend the curve here."""
     printed = continued(world, half(world, 1, "none"), tmp_path / "out", 2, "fsdp")
