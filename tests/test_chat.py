@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_folders import add_to_json, edit
 from test_prepare import TEXT
+from test_sample import learn_by_heart
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -49,52 +50,46 @@ def save_model(folder, context=512, conversation=None):
                                         Encoder((folder / "tokenizer.model").read_bytes()))
         ids = torch.tensor([ids])
         targets = torch.where(torch.tensor([mask]) == 1, ids, -1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(60):
-            loss = model(ids[:, :-1], targets[:, 1:])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert loss < 0.05, loss
+        assert learn_by_heart(model, ids[:, :-1], targets[:, 1:], 60) < 0.05
     else:
         model.embed.weight.data.mul_(30)                    # so that its answers are not all alike
     model.save_pretrained(folder)
     return folder
 
 
-# of TinyLlama-Chat, SmolLM2 and Llama 2 Chat, as their authors wrote them
+# of the forms of TinyLlama-Chat's, SmolLM2's and Llama 2 Chat's
 TEMPLATES = {
     "zephyr": TEMPLATE,
     "tinyllama": """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>
-'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
+{{ '<|' ~ message.role ~ '|>\n' ~ message.content ~ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
 {{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""",
-    "smollm": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}{% if "
-    "(message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles"
-    " must alternate user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and "
-    "system_message != false %}{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n'"
-    " + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if "
-    "message['role'] == 'user' %}{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' '  + content | trim + ' ' + eos_token }}"
-    "{% endif %}{% endfor %}",
+{% endif %}""",
+    "smollm": """{%- if messages[0].role != 'system' -%}
+{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\n' }}
+{%- endif -%}""",
+    "llama2": """{%- set start = 1 if messages[0].role == 'system' else 0 -%}
+{%- for message in messages[start:] -%}
+{%- if message.role != ['user', 'assistant'][loop.index0 % 2] -%}
+{{ raise_exception('roles must alternate') }}
+{%- endif -%}
+{%- if message.role == 'assistant' -%}
+{{ ' ' ~ message.content | trim ~ ' ' ~ eos_token }}
+{%- else -%}
+{%- set content = message.content -%}
+{%- if start and loop.first -%}
+{%- set content = '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' ~ content -%}
+{%- endif -%}
+{{ bos_token ~ '[INST] ' ~ content | trim ~ ' [/INST]' }}
+{%- endif -%}
+{%- endfor -%}""",
     "rest": """{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
 {%- set ns = namespace(system=none) -%}
 {{- bos_token if bos_token is defined }}{{ unk_token }}{{ strftime_now('%Y') ~ '\n' }}

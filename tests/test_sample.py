@@ -41,6 +41,17 @@ HERE = Path(__file__).parents[1]
 VERSE = "Two roads diverged — 中 🙂 — in a yellow wood."
 
 
+def learn_by_heart(model, x, y, steps):
+    """Trains on one batch alone; its last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint that has learned one sentence by heart, from <s> to </s>."""
@@ -53,13 +64,7 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     ids = torch.tensor([[1, *Tokenizer(folder).encode(VERSE), 2]])
     assert 30 < ids.shape[1] < 60
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        loss = model(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.05
+    assert learn_by_heart(model, ids[:, :-1], ids[:, 1:], 80) < 0.05
     model.save_pretrained(folder)
     return folder
 
