@@ -105,10 +105,12 @@ def encode_conversation(messages, encoder):
     sp = encoder.sp
     ids, mask, border = [sp.bos_id()], [0], ""
     for role, text in messages:
-        head = encoder.encode_by_sentencepiece(f"{border}<|{role}|>\n")
-        new = [*encoder.encode_by_sentencepiece(f"{border}<|{role}|>\n{text}"), sp.eos_id()]
-        # with most tokenizers a newline merges with nothing, and all of the head is the same
-        read = len(commonprefix([list(head), new])) if role == "assistant" else len(new)
+        head = f"{border}<|{role}|>\n"
+        new = [*encoder.encode_by_sentencepiece(head + text), sp.eos_id()]
+        read = len(new)
+        if role == "assistant":
+            # with most tokenizers a newline merges with nothing, and all of the head is the same
+            read = len(commonprefix([list(encoder.encode_by_sentencepiece(head)), new]))
         ids += new
         mask += [0] * read + [1] * (len(new) - read)
         border = "\n"

@@ -21,6 +21,7 @@ import sysconfig
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from hashlib import blake2b
 from importlib.util import find_spec
 from itertools import accumulate
@@ -429,6 +430,7 @@ def split_code(source):
     return re.split(r"\n{3,}(?=\S)", source.strip())
 
 
+@lru_cache(None)         # all of the demo's sources are made of these parts
 def split_docstrings(source):
     """(docstrings, the source without them): no text of the one is in the other. Raises
     SyntaxError."""
