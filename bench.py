@@ -55,9 +55,8 @@ import parallel
 import train
 from config import load_config
 from data import Source
-from decoder import Decoder
+from decoder import Decoder, step_error
 from device import (
-    compile_error,
     device_name,
     disable_malloc_trim,
     find_device,
@@ -67,10 +66,17 @@ from device import (
     peak_flops,
 )
 from documents import RowFilter, all_texts, documentation, library_modules, list_files
-from files import as_path, read_json, run_program
-from hf import HF_CONFIG, config_from_hf, find_model
+from files import as_path, print_once, run_program
+from hf import HF_CONFIG, find_model
 from plan import choose_training_compile, fill_vocab_size
-from quantize import LINEAR_TYPES, FrozenLinear, freeze_for_inference, in_large_pages
+from quantize import (
+    LINEAR_TYPES,
+    FrozenLinear,
+    frozen_config,
+    in_large_pages,
+    load_frozen,
+    stored_kind,
+)
 from sample import generate
 from tokenizer import Encoder, load_tokenizer, train_tokenizer
 
@@ -396,12 +402,13 @@ def measure_generation(folder, quantize, batch, prompt, steps, compile):
     """What generate does with `batch` continuations of a random prompt of so many tokens: seconds
     to load, to compile, of the prompt, of each step; bytes. To be called in its own process."""
     device, start = find_device(), time.perf_counter()
-    llama = freeze_for_inference(
-        model.Llama.from_pretrained(folder, device, find_dtype(device)[0]), quantize)
+    llama = load_frozen(folder, device, find_dtype(device)[0], quantize)
     loading, vocab_size = time.perf_counter() - start, llama.config.vocab_size
-    decoder = Decoder(llama, batch, prompt + steps, vocab_size, compile)
+    error = step_error(llama, device) if compile else None
+    decoder = Decoder(llama, batch, prompt + steps, vocab_size, compile and not error)
     ids = np.random.default_rng(0).integers(3, vocab_size, prompt).tolist()
     compiling = timeit(lambda: decoder.warmup(1), number=1)
+    decoder.choose_threads()
     with torch.inference_mode():
         prefill = median_time(lambda: decoder.prefill([ids]), device, 3)
     marks = [time.perf_counter() for _ in generate(
@@ -411,7 +418,7 @@ def measure_generation(folder, quantize, batch, prompt, steps, compile):
     cache = sum(tensor.nbytes for pair in decoder.cache.layers for tensor in pair)
     return {"loading": loading, "compiling": compiling, "prefill": prefill,
             "steps": np.diff(marks).tolist()[1:], "bytes": weights + cache,
-            "memory": memory_used(device)}
+            "memory": memory_used(device), "threads": torch.get_num_threads(), "error": error}
 
 
 def random_model(folder):
@@ -428,16 +435,14 @@ def bench_generate(args):
         if getattr(args, name) < least:
             sys.exit(f"--{name} must be at least {least}, got {getattr(args, name)}")
     checkpoint = find_model(args.checkpoint) if args.checkpoint else None
-    config = (config_from_hf(read_json(checkpoint / "config.json"), model.ModelConfig) if checkpoint
-              else model.ModelConfig())
+    config = frozen_config(checkpoint) if checkpoint else model.ModelConfig()
+    if checkpoint and (kind := stored_kind(checkpoint)):
+        args.precisions = [kind]
     if args.prompt + args.tokens > config.context:
         sys.exit(f"--prompt={args.prompt} and --tokens={args.tokens} are more than the context of "
                  f"{config.context}")
     device, compile = find_device(), args.compile == "True"
     dtype, why = find_dtype(device)
-    if compile and (error := run_in_process(compile_error, device)):
-        print(f"not compiled: {error}")
-        compile = False
     limit = run_in_process(read_limit, device)
     print(f"torch {torch.__version__}, {device_name(device)}, {dtype} ({why}), reads "
           f"{limit / 1e9:.1f} GB/s; {args.batch} continuations of {args.prompt} tokens")
@@ -449,6 +454,9 @@ def bench_generate(args):
                 measure_generation, checkpoint, PRECISIONS[precision], args.batch, args.prompt,
                 args.tokens, compile))
     limit = max(limit, run_in_process(read_limit, device))
+    for run in sum(runs.values(), []):
+        if run["error"]:
+            print_once(f"not compiled: {run['error']}")
     return print_generation(runs, args, dtype, limit)
 
 
@@ -456,7 +464,7 @@ def print_generation(runs, args, dtype, limit):
     """Prints what was measured, and returns it for the last line; `share` is that of the device's
     reading speed."""
     print(f"\n{'':12}{'tokens/s':>10}{'GB per step':>13}{'of limit':>10}{'prompt/s':>10}"
-          f"{'first, s':>10}{'memory':>11}{'load, s':>9}{'compile, s':>12}")
+          f"{'first, s':>10}{'memory':>11}{'load, s':>9}{'compile, s':>12}{'threads':>9}")
     results = {}
     for precision, found in runs.items():
         name = str(dtype).removeprefix("torch.") if precision == "full" else precision
@@ -471,7 +479,7 @@ def print_generation(runs, args, dtype, limit):
             "peak_memory": memory}
         print(f"{name:12}{args.batch / seconds:10,.1f}{size / 1e9:13.3f}{share:10.0%}"
               f"{args.prompt / prefill:10,.0f}{prefill:10.2f}{format_bytes(memory):>11}"
-              f"{loading:9.1f}{compiling:12.1f}")
+              f"{loading:9.1f}{compiling:12.1f}{found[0]['threads']:9}")
     first, *_ = results.values()
     return {"tokens_per_second": first["tokens_per_second"],
             "peak_memory": max(row["peak_memory"] for row in results.values()),

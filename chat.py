@@ -17,8 +17,6 @@ import sys
 from contextlib import suppress
 from functools import partial
 
-import torch
-
 import sample
 from conversations import Template
 from decoder import ChatDecoder
@@ -40,7 +38,7 @@ class Chat:
         self.ends = tokenizer.eos_ids | {end_of_turn}
         self.sample_token = partial(
             sample.sample_token, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            generator=torch.Generator(decoder.cache.lengths.device).manual_seed(args.seed))
+            generator=decoder.generator.manual_seed(args.seed))
         self.begin(args.system)
 
     def begin(self, system):

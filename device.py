@@ -6,12 +6,17 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from functools import lru_cache
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import torch
+
+from files import InputError, atomic_write
 
 # dense FLOP/s with sums in fp32, (in bf16, in fp32 without TF32), from NVIDIA's data sheets
 PEAK_FLOPS = {"B200": (2250e12, 75e12), "H200 NVL": (835e12, 60e12), "H200": (989e12, 67e12),
@@ -74,15 +79,15 @@ def find_dtype(device, wanted="auto"):
     return torch.float32, f"bfloat16 is not taken by itself on this {device.type}"
 
 
-def choose_compile(device, wanted, pays, why):
+def choose_compile(device, wanted, pays, why, find_error=None):
     """(whether to compile, why): as `wanted`, or, where that is None, if it `pays`. Exits where
-    compiling is wanted and does not work."""
+    compiling is wanted and does not work, as find_error or compile_error say of the device."""
     if wanted is False or wanted is None and not pays:
         return False, why if wanted is None else "as asked"
-    error = compile_error(device)
+    error = (find_error or compile_error)(device)
     if error and wanted:
-        sys.exit(f"--compile=True does not work here: {error}. Install what is missing (g++ for a "
-                 "CPU; gcc and python3-dev for a GPU), or give --compile=False")
+        sys.exit(f"--compile=True does not work here: {error}. Install what is missing (gcc and "
+                 "g++ for a CPU; gcc and python3-dev for a GPU), or give --compile=False")
     return not error, error or ("as asked" if wanted else why)
 
 
@@ -99,6 +104,43 @@ def compile_error(device):
     except Exception as error:
         lines = str(error).splitlines() or [repr(error)]
         return next((line for line in lines if "error: " in line), lines[0])[:200]
+
+
+def compile_c(source, **macros):
+    """The library of a C file, compiled for this CPU with these macros and kept in the user's cache
+    folder. Raises InputError where that does not work."""
+    compiler = os.environ.get("CC", "").split() or ["cc"]
+    definitions = [f"-D{name}={value}" for name, value in macros.items()]
+    home = os.environ.get("HOME") or os.devnull            # a container's user may have none
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"), "tinyllama")
+    # sums may be added up in any order, as vectors are
+    always = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    # Apple's compiler has no OpenMP: one thread computes then, which is no error of the code
+    every_flags = ["-march=native", "-fopenmp"], ["-march=native"], []
+    with tempfile.TemporaryDirectory() as temporary:
+        for folder, flags in product((cache, Path(temporary)), every_flags):
+            command = [*compiler, *always, *flags, *definitions, source]
+            try:
+                # all macros, also of the compiler and the CPU: another one is another library
+                known = subprocess.run([*command, "-dM", "-E"], capture_output=True, check=True)
+                key = known.stdout + source.read_bytes() + str(command).encode()
+                name = sha256(key).hexdigest()[:20] + ".so"
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (folder / name).exists():
+                    with atomic_write(folder / name) as path:
+                        subprocess.run([*command, "-shared", "-fPIC", "-o", path, "-lm"],
+                                       capture_output=True, check=True)
+                library = ctypes.CDLL(str(folder / name))
+            except (OSError, subprocess.CalledProcessError) as error:
+                failure = error
+                continue
+            if folder != cache:
+                print(f"note: {cache} cannot keep compiled code ({failure}), which is compiled "
+                      "again each time", file=sys.stderr)
+            return library
+    lines = [str(failure), *getattr(failure, "stderr", b"").decode(errors="replace").splitlines()]
+    reason = next((line for line in lines if "error" in line), lines[0])
+    raise InputError(f"{compiler[0]} does not compile {source.name}: {reason}")
 
 
 def compile_function(function, **options):

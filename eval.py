@@ -36,7 +36,7 @@ from device import find_device, find_dtype
 from documents import RowFilter, all_texts, list_files
 from files import InputError, as_path, read_json, run_program, sha256_file, write_json
 from hf import find_model
-from quantize import LINEAR_TYPES
+from quantize import LINEAR_TYPES, stored_kind
 from sample import load_model
 
 # --------------------------------------------------------------------------------------------------
@@ -480,7 +480,11 @@ def evaluate_checkpoint(folder, tasks, manager, args):
     """The Evaluation of a checkpoint."""
     device, state = find_device(), folder / "training" / "state.json"
     dtype, _ = find_dtype(device, args.dtype or "auto")
-    evaluation = Evaluation(folder, str(dtype).removeprefix("torch."),
+    kind, computed_in = stored_kind(folder), str(dtype).removeprefix("torch.")
+    if tasks and kind:
+        sys.exit(f"{folder} has {kind} weights, which go with --text only: tasks are answered by "
+                 "transformers, which does not know them")
+    evaluation = Evaluation(folder, f"{kind} weights, {computed_in}" if kind else computed_in,
                             read_json(state)["tokens"] if state.exists() else None)
     print(f"{folder}: {args.quantize or evaluation.dtype}, {device}", file=sys.stderr)
     if args.text:

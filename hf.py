@@ -24,7 +24,8 @@ HF_MODULES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "
               "head": "lm_head", "attn_norm": "input_layernorm", "attn": "self_attn",
               "mlp_norm": "post_attention_layernorm",
               "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
-              "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+              "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+              "qkv": "qkv_proj", "gate_up": "gate_up_proj"}       # joined by quantize.py
 
 HF_CONFIG = {"n_layer": "num_hidden_layers", "d_model": "hidden_size",
              "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
@@ -157,10 +158,14 @@ class HuggingFaceFolder:
         parameters = {hf_name(name): p for name, p in self.named_parameters()}
         if self.config.tie_embeddings:           # some writers store the one matrix as the head
             parameters["lm_head.weight"] = self.embed.weight
+        parameters |= {hf_name(name): buffer for name, buffer in self.named_buffers()}
         filled, unknown = set(), []
         for path in safetensors_files(folder):
             with open_weights(path) as file:
-                for name in file.keys():                         # noqa: SIM118 (it is no dict)
+                names = list(file.keys())
+            for name in names:
+                # opened for each tensor, as pages of an open file count as memory
+                with open_weights(path) as file:
                     if name in parameters:
                         p, tensor = parameters[name], file.get_slice(name)
                         if tuple(tensor.get_shape()) != p.shape:

@@ -151,12 +151,9 @@ class Linear(nn.Linear):
 
 
 def fused_linear(x, layers):
-    """The output of each of the layers for x: fused QKV, fused gate/up projections. In training it
-    is one matmul with their concatenated weights: that fills a GPU which k and v, 256 wide, leave
-    idle, and the backward pass writes one gradient of x instead of adding up several. Generation,
-    one token at a time, should not pay for the concatenation."""
-    if not layers[0].training:
-        return [layer(x) for layer in layers]
+    """The output of each of the layers for x, fused QKV or gate/up: one matmul with their weights
+    concatenated. That fills a GPU which k and v, 256 wide, leave idle, and the backward pass writes
+    one gradient of x instead of adding up several. For generation quantize.py joins them."""
     fused = F.linear(x, torch.cat([layer.weight for layer in layers]))
     return fused.split([layer.out_features for layer in layers], dim=-1)
 
@@ -169,10 +166,11 @@ class Attention(nn.Module):
         self.k = Linear(config.d_model, config.n_kv_head * config.head_dim)
         self.v = Linear(config.d_model, config.n_kv_head * config.head_dim)
         self.o = Linear(config.d_model, config.d_model)
+        self.qkv = None                                          # quantize.py joins q, k and v
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, C = x.shape
-        q, k, v = fused_linear(x, (self.q, self.k, self.v))
+        q, k, v = self.qkv(x) if self.qkv else fused_linear(x, (self.q, self.k, self.v))
         v = v.contiguous()      # kept for the backward pass: a view would keep the fused output
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2)
                    for y in (q, k, v))                                      # (B, H or K, T, D)
@@ -194,9 +192,10 @@ class MLP(nn.Module):
         self.gate = Linear(config.d_model, config.d_ff)
         self.up = Linear(config.d_model, config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
+        self.gate_up = None
 
     def forward(self, x):
-        gate, up = fused_linear(x, (self.gate, self.up))
+        gate, up = self.gate_up(x) if self.gate_up else fused_linear(x, (self.gate, self.up))
         return self.down(F.silu(gate) * up)
 
 
@@ -437,8 +436,15 @@ def update_cache(cache, new, positions):
 def masked_attention(q, k, v, mask):
     """attention with keys and values (B, K, S, D), where each query sees what mask (B, 1, T, S)
     says. PyTorch's fast kernels take no mask with grouped heads; so the query heads that share a
-    key head are made queries of one head, and each key is read once."""
+    key head are made queries of one head, and each key is read once. With decoder.split_mask, P
+    chunks of the keys are heads of their own, for a GPU to work on all at the same time; their
+    outputs are averaged, weighted by their sums of exp(score) (Flash-Decoding)."""
     (B, H, T, D), K = q.shape, k.shape[1]
-    q = q.reshape(B, K, H // K * T, D).to(k.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
-    return y.reshape(B, H, T, D)     # no view: CUDA's kernels return (B, T, H, D) memory
+    q, P = q.reshape(B, K, H // K * T, D).to(k.dtype), mask.shape[1] // K
+    if mask.dtype == torch.bool:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // K, 1))
+        return y.reshape(B, H, T, D)     # no view: CUDA's kernels return (B, T, H, D) memory
+    q, k, v = q.repeat_interleave(P, 1), *(x.reshape(B, K * P, -1, D) for x in (k, v))
+    y, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
+    y, log_sum = (x.unflatten(1, (K, P)) for x in (y, log_sum[:, :, :q.shape[2], None]))
+    return (log_sum.expand(y.shape).softmax(2) * y).sum(2).reshape(B, H, T, D)

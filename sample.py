@@ -1,17 +1,16 @@
 """Text from a model: python sample.py [CHECKPOINT] [--prompt=TEXT] [--temperature=0] ...
 
 CHECKPOINT is a folder of ours, any Hugging Face Llama folder, or a hub name such as
-TinyLlama/TinyLlama_v1.1; without one it is the newest under out/. Generation has two phases.
-Prefill: the prompt runs through the model once, and its keys and values fill the cache. Decode:
-each further token costs one pass over a single position. The model returns logits for the next
-token, one id is sampled from them, and that id is the next input, until the model ends the document
-itself (EOS) or the context is full.
+TinyLlama/TinyLlama_v1.1; without one it is the newest under out/. Prefill: the prompt runs through
+the model once, and its keys and values fill the cache. Decode: each further token costs one pass
+over a single position. From the logits of each pass one id is sampled, which is the next input,
+until the model ends the document itself (EOS) or the context is full.
 
 For one text such a pass takes as long as reading the weights. Three things make a token cheaper.
-Weights stored in 8 or 4 bits are less to read (--quantize, see quantize.py). Several texts at the
-same time share the reading (--num_samples, --prompts). And a small model can draft the next tokens,
-all of which the large one verifies in a single pass, without changing the distribution of the text
-(--draft; speculative decoding, arXiv 2211.17192).
+Weights in 8 or 4 bits are less to read (--quantize). Several texts at the same time share the
+reading (--num_samples, --prompts). And a small model can draft the next tokens, all of which the
+large one verifies in a single pass, without changing the distribution of the text (--draft;
+speculative decoding, arXiv 2211.17192).
 
 Prompt and continuation go to standard output, samples separated by a line ---, or as JSON lines for
 --prompts; everything else goes to standard error.
@@ -30,12 +29,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from decoder import Decoder, count_parameters, should_compile
+from decoder import Decoder, count_parameters, should_compile, step_error
 from device import choose_compile, find_device, find_dtype
 from files import InputError, as_path, run_program
 from hf import find_model
-from model import Llama
-from quantize import LINEAR_TYPES, freeze_for_inference
+from quantize import LINEAR_TYPES, load_frozen, precision
 from tokenizer import Tokenizer, require_utf8
 
 # --------------------------------------------------------------------------------------------------
@@ -45,8 +43,7 @@ def load_model(folder, quantize=None, dtype=None):
     """The model of a folder, frozen for inference, and its tokenizer. It is on the accelerator if
     there is one, by default in bf16 where the hardware supports it, else in fp32."""
     device = find_device()
-    model = Llama.from_pretrained(folder, device, dtype or find_dtype(device)[0])
-    return freeze_for_inference(model, quantize), Tokenizer(folder)
+    return load_frozen(folder, device, dtype or find_dtype(device)[0], quantize), Tokenizer(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -76,6 +73,8 @@ def sample_categorical(p, generator=None):
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id per row of logits (R, V) -> (R,), from the distribution of top_k_top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
     p, ids = top_k_top_p(logits, temperature, top_k, top_p)
     return ids.gather(-1, sample_categorical(p, generator)).squeeze(-1)
 
@@ -121,10 +120,6 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
     left = tokens_left(decoder, prompts, n, max_new_tokens)
     max_steps = max(left)
 
-    def next_ids(ids):
-        logits = decoder.decode(ids[:, None])                                # (R, 1, V)
-        return pick(logits[:, -1])
-
     # the pass over the prompts already gives the logits of the first new token
     ids = pick(decoder.prefill(prompts, n))                                  # (R,)
     for step in range(1, max_steps + 1):
@@ -132,13 +127,13 @@ def generate(decoder, prompts, n, max_new_tokens, eos_ids, pick):
         # a GPU gets its next step before the host waits for the ids of this one, so that it is
         # never idle. If the ids turn out to end every row, that step was for nothing
         if decoder.is_async and step < max_steps:
-            ids = next_ids(ids)
+            ids = decoder.decode(ids[:, None], pick)
         yield truncate_at_eos([[i] for i in read_ids()], left, eos_ids)
         if not any(left):
             return
         # a CPU computes a step only once it is known to be needed
         if not decoder.is_async:
-            ids = next_ids(ids)
+            ids = decoder.decode(ids[:, None], pick)
 
 
 class TextStreamer:
@@ -333,15 +328,17 @@ def build_decoder(args, model, tokenizer, rows, size, steps, step_tokens, kind=D
     """A decoder, compiled where --compile says so or so many steps make it pay off. step_tokens
     are the numbers of tokens per row that its steps will have."""
     start, wanted = time.perf_counter(), {"True": True, "False": False}.get(args.compile)
-    pays = should_compile(model, args.quantize, steps)
-    compile, why = choose_compile(model.embed.weight.device, wanted, pays, "")
+    device, pays = model.embed.weight.device, should_compile(model, steps)
+    compile, why = choose_compile(device, wanted, pays, "", partial(step_error, model))
     if wanted is None and pays and not compile:
         print(f"not compiled: {why}", file=sys.stderr)
     decoder = kind(model, rows, size, tokenizer.size, compile)
     if compile:
         for T in step_tokens:
             decoder.warmup(T)
-        print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        if (seconds := time.perf_counter() - start) > 2:     # on a CPU it takes none
+            print(f"compiled in {seconds:.1f} s", file=sys.stderr)
+    decoder.choose_threads()
     return decoder
 
 
@@ -365,11 +362,9 @@ def main(argv):
         prompts, skipped = [(prompt, encode_prompt(prompt, tokenizer, context))], 0
     else:
         prompts, skipped = read_prompts(args.prompts, tokenizer, context)
-    generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
-    kind = args.quantize or str(dtype).removeprefix("torch.")
     stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     print(f"{folder}: {count_parameters(model):,} parameters in "
-          f"{stored / 1e6:,.1f} MB, {kind}, {generator.device}", file=sys.stderr)
+          f"{stored / 1e6:,.1f} MB, {precision(model)}, {find_device()}", file=sys.stderr)
 
     # the caches have room for the longest text, and for a step of draft tokens beyond its end
     at_once = min(len(prompts), max(1, args.batch // n))
@@ -377,20 +372,20 @@ def main(argv):
     build = partial(build_decoder, args, tokenizer=tokenizer, rows=at_once * n,
                     size=size + args.guesses + 1,
                     steps=math.ceil(len(prompts) / at_once) * args.max_new_tokens)
-    draft = None
-    if args.draft:
-        draft = build(load_draft(args.draft, args.quantize, dtype, tokenizer), step_tokens=(1,))
+    draft = args.draft and build(load_draft(args.draft, args.quantize, dtype, tokenizer),
+                                 step_tokens=(1,))
     decoder = build(model, step_tokens=(args.guesses + 1, 1) if draft else (1,))
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    pick = partial(sample_token, **settings, generator=decoder.generator.manual_seed(args.seed))
     counts, steps = [0, 0], []      # draft tokens (proposed, accepted); (when, tokens per row)
 
     def generate_fn(prompts):
         what = prompts, n, args.max_new_tokens, tokenizer.eos_ids
         if draft:
-            news = speculate(decoder, draft, args.guesses, *what, settings, generator, counts)
+            news = speculate(decoder, draft, args.guesses, *what, settings, decoder.generator,
+                             counts)
         else:
-            news = generate(decoder, *what, lambda logits: sample_token(
-                logits, **settings, generator=generator))
+            news = generate(decoder, *what, pick)
         for new in news:
             steps.append((time.perf_counter(), sum(map(len, new)) / len(new)))
             yield new

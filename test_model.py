@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import decoder
 import model as model_module
 from files import InputError
 from model import (
@@ -439,6 +440,28 @@ def test_no_attention_computes_all_scores_on_a_gpu(monkeypatch):
     assert grouped == (2 * 3, 2, {"is_causal": True, "enable_gqa": True})
     for q_heads, k_heads, how in (masked, model_module.F.calls[-1]):
         assert q_heads == k_heads == 2 and "enable_gqa" not in how
+
+
+def test_attention_to_chunks_of_keys_is_attention(monkeypatch):
+    """Of four chunks some are unseen as a whole by some rows, and must not count. The kernel, which
+    only a GPU has, returns its sums for a multiple of 32 queries, and memory of its own order."""
+    def kernel(q, k, v, bias, with_sums):
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + bias
+        sums = F.pad(scores.logsumexp(-1), (0, -q.shape[2] % 32), value=math.nan)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2)
+        return y, sums, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
+    monkeypatch.setattr(decoder, "KEY_CHUNK", 8)
+    config, cache = tiny().config, KVCache(tiny().config, 3, 32)
+    cache.lengths.copy_(torch.tensor([0, 9, 40]))
+    D, H, K = config.head_dim, config.n_head, config.n_kv_head
+    for T in 1, 3:
+        _, mask = cache.positions_and_mask(T)
+        q, k, v = torch.randn(3, H, T, D), torch.randn(3, K, 32, D), torch.randn(3, K, 32, D)
+        split = decoder.split_mask(mask, config, torch.float32)
+        assert split.shape == (3, 4 * K, H // K * T, 8)
+        assert_close(attention(q, k, v, split), attention(q, k, v, mask))
 
 
 def test_flash_attention_is_chosen_where_it_serves(monkeypatch):

@@ -340,10 +340,10 @@ def slow_model():
     """Decode steps and the second chunk of a prefill that take long enough to interrupt."""
     decode, hidden_states = ChatDecoder.decode, Llama.hidden_states
 
-    def slow_decode(self, ids):
+    def slow_decode(self, *args):
         print("answering", file=sys.stderr)
         time.sleep(0.1)
-        return decode(self, ids)
+        return decode(self, *args)
 
     def slow_hidden_states(self, idx, cache=None):
         if cache.lengths.item() >= 512:
@@ -438,13 +438,13 @@ def ask(chat, text, monkeypatch, stop_after=None):
             turn[1].extend(step)
             yield (step,)
 
-    def interrupted(self, ids):
+    def interrupted(self, *args):
         nonlocal stop_after
         if stop_after is not None:
             stop_after -= 1
             if stop_after < 0:
                 raise KeyboardInterrupt
-        return decode(self, ids)
+        return decode(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "generate", record)
@@ -568,7 +568,7 @@ FOLDERS = ["zephyr", "zephyr jinja", "zephyr added", "tinyllama", "tinyllama mod
 
 def stub(folder, **settings):
     """A Chat without a model, which makes prompts only."""
-    decoder = SimpleNamespace(cache=SimpleNamespace(lengths=torch.zeros(1)))
+    decoder = SimpleNamespace(generator=torch.Generator())
     settings = {"temperature": 0, "top_k": 0, "top_p": 1, "seed": 0, "system": ""} | settings
     return chat.Chat(decoder, Tokenizer(folder), 10 ** 6, SimpleNamespace(**settings))
 

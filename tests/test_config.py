@@ -15,6 +15,7 @@ import chat
 import eval as evaluation
 import plot
 import prepare
+import quantize
 import sample
 from checkpoint import lineage
 from config import load_config, usage
@@ -237,7 +238,7 @@ def test_documented_commands_parse():
             assert not arguments                                       # it takes none
         else:
             scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
-                       "eval": evaluation, "chat": chat}
+                       "eval": evaluation, "chat": chat, "quantize": quantize}
             scripts[script].parse_args(arguments)
 
 
@@ -260,7 +261,7 @@ def test_the_readme_is_short_and_its_map_is_the_tree():
     lines = (HERE / "README.md").read_text().splitlines()
     assert len(lines) <= 260 and max(map(len, lines)) <= 100
     scripts = {path.name for path in HERE.glob("*.py") if not path.name.startswith(
-        ("config_", "test_", "conftest"))} | {"config_demo.py"}
+        ("config_", "test_", "conftest"))} | {"config_demo.py", "decode.c"}
     rows = [re.fullmatch(r"\| (.*?) \| (\d+) \| .* \|", line) for line in lines]
     rows = {tuple(re.findall(r"`(.*?)`", row[1])): int(row[2]) for row in rows if row}
     assert sorted(name for names in rows for name in names) == sorted(scripts)

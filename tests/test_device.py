@@ -1,5 +1,7 @@
 """Proofs of device.py: GPUs are described by stand-ins, so that they run without one."""
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 import device
 from device import (
     cgroup_limits,
+    compile_c,
     compile_error,
     device_memory,
     find_device,
@@ -18,6 +21,7 @@ from device import (
     nvidia_gpu,
     peak_flops,
 )
+from files import InputError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -157,6 +161,68 @@ def test_a_container_may_have_less_memory(groups, files, limits, tmp_path, monke
     monkeypatch.setattr(device, "cgroup_limits", lambda: iter(limits))
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert device_memory(CPU) == min([machine, *limits]) > 0
+
+
+COMPILER = os.environ.get("CC") or "cc"
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """compiled(N) is what a library returns that was compiled with N; its compiler notes in a file
+    what it has made, and fails where `shell` says so."""
+    if not shutil.which(shlex.split(COMPILER)[0]):
+        pytest.skip("there is no C compiler")
+    source, calls = tmp_path / "answer.c", tmp_path / "calls"
+    source.write_text("int answer(void) { return N; }")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(tmp_path / "compiler"))
+
+    def compiled(N, shell=""):
+        (tmp_path / "compiler").write_text(f"""#!/bin/sh
+            {shell}
+            case "$*" in *-shared*) echo "$*" >> {calls};; esac
+            exec {COMPILER} "$@"
+            """)
+        (tmp_path / "compiler").chmod(0o755)
+        return compile_c(source, N=N).answer()
+
+    compiled.calls = lambda: calls.read_text().splitlines() if calls.exists() else []
+    compiled.cache = tmp_path / "cache/tinyllama"
+    return compiled
+
+
+def test_code_is_compiled_once(compiled):
+    """Again at each start, or the library of another model."""
+    assert [compiled(N) for N in (5, 6, 5)] == [5, 6, 5]
+    assert len(compiled.calls()) == 2 and all("-fopenmp" in call for call in compiled.calls())
+    assert len(list(compiled.cache.iterdir())) == 2
+
+
+def test_compilers_differ(compiled):
+    """Apple's has no OpenMP, some know no -march=native, and a GPU's machine may have none at all:
+    what works is taken, and what does not is one sentence."""
+    refuse = 'case "$*" in *{}*) echo "error: no {}" >&2; exit 1;; esac'
+    assert compiled(1, refuse.format("-fopenmp", "OpenMP")) == 1
+    assert "-march=native" in compiled.calls()[-1] and "-fopenmp" not in compiled.calls()[-1]
+    assert compiled(2, refuse.format("-march", "-march")) == 2
+    assert "-march" not in compiled.calls()[-1]
+    with pytest.raises(InputError, match="compiler does not compile answer.c: error: no luck$"):
+        compiled(3, refuse.format("", "luck"))
+    with pytest.raises(InputError, match="compile answer.c: .*error: .*nonsense.* undeclared"):
+        compiled("nonsense")
+    assert len(list(compiled.cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written(compiled, capsys, monkeypatch):
+    """It costs time, not the text; nor does a user without a home, as in a container."""
+    compiled.cache.parent.write_text("a file")
+    assert compiled(4) == 4
+    assert capsys.readouterr().err.startswith(f"note: {compiled.cache} cannot keep compiled code (")
+    for name in "XDG_CACHE_HOME", "HOME":
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert compiled(5) == 5
+    assert "null/.cache/tinyllama cannot keep compiled code (" in capsys.readouterr().err
 
 
 def test_one_answer_for_a_device(monkeypatch):

@@ -477,7 +477,7 @@ def test_bits_per_byte_of_quantized_weights(run, folder, tmp_path):
                          *(arg[2:] for arg in more), "dtype=float32"])
         found = json.loads((folder / f"eval/text,{name}.json").read_text())
         bits[quantize] = found["bits_per_byte"]
-    assert 0 < abs(bits["int8"] - bits[None]) < 0.002 < abs(bits["int4"] - bits[None])
+    assert 0 < abs(bits["int8"] - bits[None]) < 0.0002 < abs(bits["int4"] - bits[None])
 
 
 def test_bits_per_byte_of_a_source_are_trainings(run, folder, loaded, tmp_path):

@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_prepare import AWKWARD, TEXT
 
-import device
+import quantize
 import sample
+from decoder import compile_steps
 from files import InputError
 from hf import newest
 from model import Llama, ModelConfig
 from prepare import train_tokenizer, write_tokenizer
-from quantize import freeze_for_inference
+from quantize import freeze_for_inference, load_frozen
 from sample import (
     Decoder,
     TextStreamer,
@@ -38,6 +39,7 @@ from sample import (
 )
 
 HERE = Path(__file__).parents[1]
+NO_COMPILER = not shutil.which("cc")
 VERSE = "Two roads diverged — 中 🙂 — in a yellow wood."
 
 
@@ -304,36 +306,54 @@ def test_what_comes_after_eos_is_dropped():
 # Compiled steps
 
 def test_compilation_where_it_pays_off():
-    """Three seconds to the first token of the demo, and no minute at a token a second."""
+    """A compiler that runs longer than the text it is for. On a CPU it never does."""
     with torch.device("meta"):
-        small, large = tiny(0), freeze_for_inference(Llama(ModelConfig()))
-    small.embed.weight = large.embed.weight = torch.nn.Parameter(torch.empty(1))
-    for model, kind, steps, wanted in ((small, None, 200, False), (small, "int4", 200, False),
-                                       (large, None, 200, True), (large, None, 20, False),
-                                       (large, "int8", 20, True), (large, "int8", 2, False)):
-        assert should_compile(model, kind, steps) == wanted
+        small, large, int8 = tiny(0), *(
+            freeze_for_inference(Llama(ModelConfig()), kind) for kind in (None, "int8"))
+    for where in "cpu", "cuda":
+        with torch._subclasses.FakeTensorMode():             # no GPU is needed
+            weight = torch.nn.Parameter(torch.empty(1, device=where))
+        small.embed.weight = large.embed.weight = int8.embed.weight = weight
+        for model, steps, wanted in ((small, 2000, False), (large, 200, False),
+                                     (large, 3000, False), (large, 10_000, True),
+                                     (int8, 200, False), (int8, 3000, True)):
+            assert should_compile(model, steps) == (wanted or where == "cpu")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 @pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow),
                                   pytest.param("int4", marks=pytest.mark.slow)])
 def test_compiled_text_is_the_same(folder, kind):
-    """The compiled step is another program, with sums in place of matmuls."""
+    """A GPU's compiled step is another program, with sums in place of matmuls. (PyTorch compiles it
+    for a CPU, too, so that no GPU is needed.)"""
     model, tokenizer = load_model(folder, kind, torch.float32)
     prompts = [[1, *tokenizer.encode(prompt)] for prompt in PROMPTS[:2]]
     plain = texts_of(generate(decoder(model, 2), prompts, 1, 20, set(), greedy))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fast = decoder(model, 2, compile=True)
+    fast = decoder(model, 2)
+    fast.step_model = compile_steps(model)
     assert texts_of(generate(fast, prompts, 1, 20, set(), greedy)) == plain
-    # one graph for all blocks and one for the head, whatever the lengths of the rows
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    # one graph before the blocks, one for all of them and one after, whatever the rows' lengths
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     with torch.inference_mode():
-        assert fast.step_model is not model
         ids = torch.tensor([[5], [6]], device=model.embed.weight.device)
         plain = decoder(model, 2)
         plain.prefill(prompts), fast.prefill(prompts)
         assert torch.allclose(fast.decode(ids), plain.decode(ids), atol=1e-3)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="there is no C compiler")
+@pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_text_of_decode_c_is_the_same(loaded, folder, kind):
+    """Rows of different lengths, of which one ends before the others."""
+    model = load_frozen(folder, torch.device("cpu"), torch.float32, kind)
+    prompts = [[1, *loaded[1].encode(prompt)] for prompt in PROMPTS[:3]]
+    plain = texts_of(generate(decoder(model, 3), prompts, 1, 20, set(), greedy))
+    ends = {plain[0][7]}
+    fast, right = (texts_of(generate(decoder(model, 3, compile=compile), prompts, 1, 20, ends,
+                                     greedy)) for compile in (True, False))
+    assert fast == right != plain
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -348,6 +368,23 @@ def test_a_graph_is_the_same_as_its_kernels(folder, right):
 
 # --------------------------------------------------------------------------------------------------
 # Sampling
+
+def test_a_seed_gives_the_text_it_gave(run, folder, loaded):
+    """One set of numbers per token, from a generator of its own, on whatever path: a text that
+    somebody has noted with its seed is not lost."""
+    (model, tokenizer), ids, text = loaded, [1, *loaded[1].encode("Two")], []
+    steps, generator = decoder(model), torch.Generator().manual_seed(3)
+    logits = steps.prefill([ids])
+    for _ in range(12):
+        p, likeliest = (logits / 1.5).topk(50)
+        race = p.softmax(-1) / torch.empty_like(p).exponential_(generator=generator)
+        text += likeliest[0, race.argmax(-1)].tolist()
+        logits = steps.decode(torch.tensor([text[-1:]]))[:, -1]
+    assert len({*text}) > 6 and 2 not in text
+    printed = TextStreamer(tokenizer, ids).add(text, last=True)
+    options = "--temperature=1.5", "--seed=3", "--max_new_tokens=12", "--dtype=float32"
+    assert run(folder, "--prompt=Two", *options).stdout == f"Two{printed}\n"
+
 
 def test_sample_token_follows_its_distribution():
     """A top-p that drops the token that crosses the line, or a temperature after the cut, is a
@@ -548,12 +585,16 @@ def test_a_draft_is_used(run, folder, tmp_path):
 def test_compilation_needs_a_compiler(run, folder, monkeypatch):
     """Asked for where it does not work, it would end in a page of the compiler's own errors; where
     it is chosen, it is left out."""
-    monkeypatch.setattr(device, "compile_error", lambda device: "no compiler")
-    assert "--compile=True does not work here: no compiler" in run(folder, "--compile=True").stderr
-    monkeypatch.setattr(sample, "should_compile", lambda *_: True)
-    done = run(folder, "--prompt=Two", "--max_new_tokens=3")
-    assert done.returncode == 0 and "not compiled: no compiler" in done.stderr
-    assert "compiled in" not in done.stderr
+    monkeypatch.setenv("CC", "nowhere/cc")
+    why = ("nowhere/cc does not compile decode.c: [Errno 2] No such file or directory: "
+           "'nowhere/cc'")
+    done = run(folder, "--compile=True")
+    assert done.returncode == 1 and not done.stdout
+    assert f"--compile=True does not work here: {why}. Install" in done.stderr
+    done = run(folder, "--prompt=Two", "--temperature=0")
+    assert done.returncode == 0 and done.stdout == VERSE + "\n"
+    assert done.stderr.count(f"not compiled: {why}\n") == 1
+    assert "not compiled" not in run(folder, "--compile=False", "--max_new_tokens=1").stderr
 
 
 def test_quantized_logits_are_near(folder, loaded):
@@ -578,10 +619,16 @@ def test_text_does_without_cudnn(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_model_recites(run, folder, kind):
-    """From any checkpoint, at load."""
-    done = run(folder, "--prompt=Two roads", "--temperature=0", f"--quantize={kind}")
-    assert done.stdout == VERSE + "\n" and kind in done.stderr
+def test_a_quantized_model_recites(run, folder, kind, tmp_path, capsys):
+    """From any checkpoint at load, or from a folder of such weights; by decode.c, which is taken
+    by itself, or in PyTorch; and of several texts at the same time."""
+    quantize.main([str(folder), f"--bits={kind[3]}", f"--out={tmp_path / 'm'}"])
+    assert f"python sample.py {tmp_path / 'm'} generates with them" in capsys.readouterr().out
+    for where in (folder, f"--quantize={kind}"), (tmp_path / "m",):
+        for how in "--num_samples=3", "--compile=False":
+            done = run(*where, "--prompt=Two roads", "--temperature=0", how)
+            assert {*done.stdout.splitlines()} - {"---"} == {VERSE}
+            assert f"MB, {kind}, " in done.stderr
 
 
 def test_bad_folders_are_refused(run, folder, tmp_path):
