@@ -39,7 +39,7 @@ from model import Llama, ModelConfig
 
 GROUP = 64                 # weights that share a scale
 CACHED = 2 ** 18           # weights that are rounded at a time, to stay in a CPU's cache
-PART = 2 ** 20             # weights that are floats at a time, in a matmul of a CPU
+PART = 2 ** 21             # weights that are floats at a time, in a matmul of a CPU
 GEMV_ROWS = 8              # up to so many rows a GPU reads a weight as it is stored
 # what is tried for the largest weight of a group: beyond -8 it is cut off, and others more exact
 LARGEST_BECOMES = {8: (-128,), 4: (-7, -7.5, -8, -8.5, -9, -9.5)}
