@@ -251,8 +251,8 @@ def load_frozen(folder, device, dtype=torch.float32, quantize=None):
     elif quantize in (None, kind):
         model = load_packed(Path(folder), device, dtype, kind)
     else:
-        raise InputError(f"the weights in {folder} are {kind}: --quantize={quantize} needs the "
-                         "folder that they were made from")
+        raise InputError(f"the weights in {folder} are {kind}: for {quantize} give the folder that "
+                         "they were made from")
     disable_malloc_trim()                        # what the floats of a prompt take is kept
     return model
 
