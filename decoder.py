@@ -80,7 +80,7 @@ def compile_decode(model):
     c, layer = model.config, model.blocks[0].attn.o
     return compile_c(
         Path(__file__).with_name("decode.c"), C=c.d_model, F=c.d_ff, H=c.n_head, K=c.n_kv_head,
-        L=c.n_layer, V=c.vocab_size, EPS=f"{c.norm_eps}f", MAX_TOKENS=layer.max_tokens,
+        L=c.n_layer, V=c.vocab_size, EPS=f"{float(c.norm_eps)}f", MAX_TOKENS=layer.max_tokens,
         BITS=layer.bits, HEAD_BITS=model.head.bits, FLOAT=int(layer.dtype == torch.float32))
 
 

@@ -49,7 +49,7 @@ def test_what_is_wrong_is_bad(error, status, monkeypatch, capsys):
 
     monkeypatch.setattr(check, "attention_errors", attention_errors)
     monkeypatch.setattr(check, "training_step", lambda *_: {"loss": torch.ones(1)})
-    monkeypatch.setattr(check, "greedy_text", lambda *_: torch.ones(2, 40))
+    monkeypatch.setattr(check, "text_errors", lambda *_: {"the tokens": 0.0})
     monkeypatch.setattr(check, "compile_error", lambda device: "no compiler")
     with pytest.raises(SystemExit) as end:
         check.main([])
