@@ -136,6 +136,19 @@ def plot_runs(runs, out):
     save_figure(figure, out)
 
 
+def plot_dots(groups, out):
+    """Plots {title: {variant: bits per byte of its runs}}, side by side, to the PNG `out`: a dot
+    for each run, and a line at the mean."""
+    figure = new_figure(figsize=(9, 1 + 0.4 * len(next(iter(groups.values())))))
+    for ax, (title, variants) in zip(figure.subplots(1, len(groups), sharey=True), groups.items()):
+        for variant, bits in reversed(variants.items()):
+            ax.plot(bits, [variant] * len(bits), "o", color="C0", alpha=0.6)
+            ax.plot(sum(bits) / len(bits), variant, "|", color="black", markersize=16)
+        ax.set_xlabel(f"{title}, bits per byte")
+        ax.grid(alpha=0.2)
+    save_figure(figure, out)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=as_path, help="such as out/demo")
