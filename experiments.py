@@ -1,23 +1,19 @@
 """What each choice of the recipe brings, in miniature: python experiments.py [NAME ...]
 
 The paper says what was done, and hardly what each choice brought. With the demo's model anyone can
-ask. Each experiment trains variants that differ in one choice, with three seeds (of the initial
-weights and the order of the data), and prints a table of bits per byte of held-out code and prose:
-mean and standard deviation, and the difference from the first row, or "not told apart" where seeds
-alone differ as much. docs/log.md has the tables and says what they mean.
+ask. Each experiment trains variants that differ in one choice, with three seeds (of initial weights
+and order of the data), and prints bits per byte of held-out code and prose: mean and standard
+deviation, the difference from the first row, and "not told apart" where seeds alone may differ as
+much. docs/log.md has the tables, and what they mean.
 
-    python experiments.py mixture     stages, mixture, epochs or details, after prepare.py demo
-    python experiments.py             all four: an hour and a half on two cores
+    python experiments.py mixture     or recipe, or epochs; by default all: 90 minutes on two cores
 
-A run is train.py's own, in a process with one thread, and as many run at a time as there are cores.
-Their results are kept in results.json, so what is done is not done again.
+Runs are train.py's own, one thread each, one per core. What results.json has is not done again.
 """
 import argparse
-import math
 import os
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -26,7 +22,6 @@ from statistics import fmean, stdev, variance
 import torch
 
 import config_demo
-import data
 import model
 import train
 from checkpoint import git_commit
@@ -35,52 +30,44 @@ from files import read_json, remove, run_program, write_json
 from plot import plot_dots, read_metrics
 from train import build_optimizer, lr_at
 
-CODE, PROSE = "demo-code", "demo-prose"
+CODE, PROSE, SEEDS = "demo-code", "demo-prose", ("1", "2", "3")
+NAMES = ["recipe", "mixture", "epochs"]
 
 
-def find_experiments(tokens):
-    """{experiment: {variant: (stages, change)}}. A variant has about so many tokens ("epochs" 0.72
-    times as many: the code that there is). A change is () or (object, attribute, value), to be set
-    before training. The first variant is what the others are compared with."""
+def find_variants(experiment, tokens):
+    """{variant: (stages, change)} of an experiment: about so many tokens each (0.72 times as many
+    in "epochs": the code that there is), and () or (object, attribute, value), to be set before
+    training. The first variant is what the others are compared with."""
     scale = tokens / sum(stage["tokens"] for stage in config_demo.stages)
     three = [stage | {key: round(stage[key] * scale) for key in ("tokens", "ramp") if key in stage}
              for stage in config_demo.stages]
     batch, few = three[0]["batch"], round(0.72 * tokens)
-    constant, total = [stage | {"batch": batch} for stage in three], Counter()
-    for stage in data.parse_stages(constant, config_demo.context):
-        total.update(data.sequences_per_source(stage, stage.steps * stage.batch))
+    constant = [stage | {"batch": batch} for stage in three]
 
     def one_stage(code, prose, tokens=tokens):
         return [{"tokens": tokens, "batch": batch, "mixture": {CODE: code, PROSE: prose}}]
 
-    def repeated(epochs):
-        return data, "Source", partial(every_nth, n=epochs, most=few // config_demo.context)
-
-    lowered = partial(lower_rate_at_the_end, last=three[-1]["tokens"])
     return {
-        "stages": {
+        "recipe": {
             "three stages": (three, ()),
-            "one stage": (one_stage(total[CODE], total[PROSE]), ()),
+            "one stage": (one_stage(1, 2), ()),              # the shares that three stages come to
             "no ramp": ([stage | {"ramp": 0} for stage in three], ()),
             "no cooldown": (constant, ()),
-            "lower rate, no cooldown": (constant, (train, "lr_at", lowered))},
-        "mixture": {f"{p}% code": (one_stage(p, 100 - p), ()) for p in (0, 10, 30, 50, 70)},
-        "epochs": {f"{n} x {few / n / 1e6:.2f}M tokens": (one_stage(1, 0, few), repeated(n))
-                   for n in (1, 2, 3, 8)},
-        "details": {
-            "three stages": (three, ()),
+            "lower rate, no cooldown": (constant, (train, "lr_at", lower_last_rate)),
             "no decay of norms": (three, (train, "build_optimizer", exempt_norms)),
             "PyTorch's init": (three, (model.Llama, "init_parameter", pytorch_init)),
             "linear decay": (three, (train, "lr_at", decay_linearly)),
-            "Muon": (three, (train, "build_optimizer", build_muon))}}
+            "Muon": (three, (train, "build_optimizer", build_muon))},
+        "mixture": {f"{p}% code": (one_stage(p, 100 - p), ()) for p in (0, 10, 30, 50, 70)},
+        "epochs": {f"{n} x {few / n / 1e6:.2f}M tokens": (one_stage(1, 0, few), (
+            train.data, "Source", partial(every_nth, n=n, most=few // config_demo.context)))
+                   for n in (1, 2, 3, 8)}}[experiment]
 
 
-# --------------------------------------------------------------------------------------------------
-# What variants change
-
-def lower_rate_at_the_end(tokens, total, warmup, cfg, last):
-    """A quarter of the learning rate for the last tokens, in place of four times the batch."""
-    return lr_at(tokens, total, warmup, cfg) / (4 if tokens > total - last else 1)
+def lower_last_rate(tokens, total, warmup, cfg):
+    """A quarter of the learning rate in the last stage, in place of four times the batch."""
+    is_last = tokens > total - cfg.stages[-1]["tokens"]
+    return lr_at(tokens, total, warmup, cfg) / (4 if is_last else 1)
 
 
 def decay_linearly(tokens, total, warmup, cfg):
@@ -116,29 +103,25 @@ def build_muon(model, cfg):
 
 def pytorch_init(self, name, p):
     """What nn.Linear and nn.Embedding do by themselves, with which by all signs v1.0 began."""
-    if p.ndim == 1:
-        p.fill_(1.0)
-    elif name == "embed.weight":
+    p.fill_(1.0)
+    if p.ndim == 2:
+        torch.nn.init.kaiming_uniform_(p, a=5 ** 0.5)
+    if name == "embed.weight":
         p.normal_()
-    else:
-        p.uniform_(-p.shape[1] ** -0.5, p.shape[1] ** -0.5)
 
 
 def every_nth(folder, split, context, n, most):
     """A Source with every nth of at most `most` windows, to be read n times instead of once."""
-    source = Source(folder, split, context)
-    if split == "train":
-        window, source.windows = source.window, min(source.windows, most) // n
-        source.window = lambda i: window(i * n)
+    source, n = Source(folder, split, context), n if split == "train" else 1
+    window, source.windows = source.window, min(source.windows, most) // n
+    source.window = lambda i: window(i * n)
     return source
 
 
-# --------------------------------------------------------------------------------------------------
-# Runs and tables
-
-def run_variant(experiment, variant, tokens, seed, folder):
+def run_variant(experiment, variant, tokens, seed):
     """Trains a variant with one seed, in a process of its own, and returns what it came to."""
-    started, (stages, change) = time.perf_counter(), find_experiments(tokens)[experiment][variant]
+    started, (stages, change) = time.perf_counter(), find_variants(experiment, tokens)[variant]
+    folder = Path(f"out/experiments/{tokens}/{variant.replace(' ', '_')}-{seed}")
     torch.set_num_threads(1)
     if change:
         setattr(*change)
@@ -148,83 +131,68 @@ def run_variant(experiment, variant, tokens, seed, folder):
         train.main(["config_demo.py", f"--stages={stages}", f"--seed={seed}",
                     f"--out_dir={folder}", "--eval_every=1000000", "--save_every=1000000"])
     last = read_metrics(folder)[-1]
-    if last["step"] < data.stage_ends(data.parse_stages(stages, config_demo.context))[-1]:
+    if last["tokens"] < sum(stage["tokens"] for stage in stages):
         raise KeyboardInterrupt                             # Ctrl-C, of which train.py took care
     return {"stages": stages, "bits_per_byte": last["bits_per_byte"], "commit": git_commit(),
             "minutes": (time.perf_counter() - started) / 60}
 
 
-def run_experiment(experiment, args, folder):
+def run_experiment(experiment, args):
     """{variant: {seed: result}}, after the runs that results.json does not have yet."""
-    variants, runs = find_experiments(args.tokens)[experiment], {}
-    results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
-    pool = ProcessPoolExecutor(args.jobs, max_tasks_per_child=1)
-    try:
-        for variant, (stages, _) in variants.items():
-            for seed in map(str, range(1, args.seeds + 1)):
-                if results.setdefault(variant, {}).get(seed, {}).get("stages") != stages:
-                    run = pool.submit(run_variant, experiment, variant, args.tokens, seed,
-                                      folder / f"{variant.replace(' ', '_')}-{seed}")
-                    runs[run] = variant, seed
-        for k, run in enumerate(as_completed(runs), 1):
-            variant, seed = runs[run]
-            results[variant][seed] = run.result()
-            write_json(folder / "results.json", results)
-            print(f"run {k} of {len(runs)} is done: {variant}, seed {seed}")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    path = Path(f"out/experiments/{args.tokens}/results.json")
+    results = read_json(path) if path.exists() else {}
+    variants = find_variants(experiment, args.tokens)
+    missing = [(experiment, variant, args.tokens, seed) for variant, (stages, _) in variants.items()
+               for seed in SEEDS
+               if results.setdefault(variant, {}).get(seed, {}).get("stages") != stages]
+    with ProcessPoolExecutor(args.jobs, max_tasks_per_child=1) as pool:
+        for (_, variant, _, seed), run in zip(missing, pool.map(run_variant, *zip(*missing))):
+            results[variant][seed] = run
+            write_json(path, results)
+            print(f"{variant}, seed {seed}: {run['minutes']:.1f} minutes")
     return {variant: results[variant] for variant in variants}
 
 
-def read_bits(results, source):
-    """{variant: bits per byte of its runs}"""
-    return {variant: [run["bits_per_byte"][source] for run in runs.values()]
-            for variant, runs in results.items()}
+def read_bits(results):
+    """{source: {variant: bits per byte of its runs}} of {variant: {seed: result}}."""
+    return {source: {variant: [run["bits_per_byte"][source] for run in runs.values()]
+                     for variant, runs in results.items()} for source in (CODE, PROSE)}
 
 
 def format_table(results):
-    """Markdown of {variant: {seed: result}}, with a line on where that is from."""
-    runs = [run for seeds in results.values() for run in seeds.values()]
-    lines = [f"Seeds {', '.join(next(iter(results.values())))}; commit "
-             f"{', '.join(sorted({str(run['commit']) for run in runs}))}; "
-             f"{sum(run['minutes'] for run in runs):.0f} minutes of one core.", "",
-             "| | code | | prose | |", "|---|---|---|---|---|"]
-    for variant in results:
+    """Markdown of {variant: {seed: result}}."""
+    rows = ["| | code | | prose | | minutes | commit |", "|---|---|---|---|---|---|---|"]
+    for variant, runs in results.items():
         cells = [variant]
-        for source in CODE, PROSE:
-            (first, *_), bits = (found := read_bits(results, source)).values(), found[variant]
+        for found in read_bits(results).values():
+            bits, first = found[variant], next(iter(found.values()))
             gain = fmean(bits) - fmean(first)
-            noise = math.sqrt(variance(bits) / len(bits) + variance(first) / len(first))
             # Student's t for three seeds each: by chance one in twenty would be larger
-            apart = "" if abs(gain) > 2.78 * noise else ", not told apart"
+            is_large = abs(gain) > 2.78 * ((variance(bits) + variance(first)) / 3) ** 0.5
             cells += [f"{fmean(bits):.3f} ± {stdev(bits):.3f}",
-                      f"{gain:+.3f}{apart}" if bits is not first else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                      f"{gain:+.3f}" if is_large or not gain else f"{gain:+.3f}, not told apart"]
+        minutes = sum(run["minutes"] for run in runs.values())
+        rows.append(f"| {' | '.join(cells)} | {minutes:.0f} | {runs['1']['commit']} |")
+    return "\n".join(rows)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add, names = parser.add_argument, ["stages", "mixture", "epochs", "details"]
-    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; by default all")
-    add("--tokens", type=int, default=3_200_000, help="of each run (%(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each variant (%(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--tokens", type=int, default=3_200_000, help="of a run (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
     args = parser.parse_args(argv)
-    args.names = args.names or names
-    if args.seeds < 3 or args.jobs < 1 or args.tokens < 20_000 or not set(args.names) <= set(names):
-        parser.error(f"names are {', '.join(names)}; at least 3 seeds, 1 job, 20,000 tokens")
+    if args.jobs < 1 or args.tokens < 20_000:
+        parser.error(f"--jobs={args.jobs} must be at least 1, --tokens={args.tokens} 20,000")
     return args
 
 
 def main(argv):
     args = parse_args(argv)
-    folder = Path(f"out/experiments/{args.tokens}")
-    for name in args.names:
-        results = run_experiment(name, args, folder)
-        plot_dots({source: read_bits(results, source) for source in (CODE, PROSE)},
-                  folder / f"{name}.png")
+    for name in args.names or NAMES:
+        results = run_experiment(name, args)
         print(f"\n{name}\n\n{format_table(results)}\n")
+        plot_dots(read_bits(results), f"out/experiments/{args.tokens}/{name}.png")
 
 
 if __name__ == "__main__":
