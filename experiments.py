@@ -178,12 +178,12 @@ def format_table(results):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--tokens", type=int, default=3_200_000, help="of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
     args = parser.parse_args(argv)
-    if args.jobs < 1 or args.tokens < 20_000:
-        parser.error(f"--jobs={args.jobs} must be at least 1, --tokens={args.tokens} 20,000")
+    if args.jobs < 1 or args.tokens < 20_000 or not set(args.names) <= set(NAMES):
+        parser.error(f"needed: names of {NAMES}, --jobs of at least 1, --tokens of at least 20000")
     return args
 
 
