@@ -5,11 +5,12 @@ source's validation split, the learning rate, the mixture, and the speed. Dotted
 stages. A run that forked from another begins where it forked. Needs matplotlib.
 """
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
 
-from files import as_path, atomic_write, run_program
+from files import as_path, atomic_write, run_program, to_json
 
 
 def read_metrics(run):
@@ -77,10 +78,12 @@ def new_figure(**options):
     return Figure(**options, layout="constrained")
 
 
-def save_figure(figure, out):
-    """Writes a figure to the PNG `out`, whole or not at all."""
+def save_figure(figure, out, data=None):
+    """Writes a figure to the PNG `out`, whole or not at all, and in it a checksum of the `data` it
+    was drawn from: so a test can tell whether a picture and a file of numbers belong together."""
+    sha256 = data and {"sha256 of data": hashlib.sha256(to_json(data).encode()).hexdigest()}
     with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, metadata=sha256)
 
 
 def mark_stages(axes, stages, labelled):
@@ -133,7 +136,7 @@ def plot_runs(runs, out):
     speed.set(ylim=(0, None), xlabel="tokens")
     speed.yaxis.set_major_formatter(format_count)
     speed.xaxis.set_major_formatter(format_count)
-    save_figure(figure, out)
+    save_figure(figure, out, [*runs.values()])
 
 
 def plot_dots(groups, out):
@@ -146,7 +149,7 @@ def plot_dots(groups, out):
             ax.plot(sum(bits) / len(bits), variant, "|", color="black", markersize=16)
         ax.set_xlabel(f"{title}, bits per byte")
         ax.grid(alpha=0.2)
-    save_figure(figure, out)
+    save_figure(figure, out, groups)
 
 
 def parse_args(argv):

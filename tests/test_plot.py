@@ -1,4 +1,5 @@
 """Proofs of plot.py: what is drawn is what metrics.jsonl says."""
+import hashlib
 import json
 import warnings
 
@@ -65,8 +66,11 @@ def test_a_picture_is_drawn(run, tmp_path, capsys):
         warnings.simplefilter("error")                     # no validation, and a single step
         plot.main([three])
     (tmp_path / "three/plot.png").unlink()
-    for path in tmp_path / "one/plot.png", tmp_path / "both.png":
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    for path, data in ((tmp_path / "one/plot.png", [RECORDS]),
+                       (tmp_path / "both.png", [RECORDS, RECORDS[2:4]])):
+        picture, sha256 = path.read_bytes(), hashlib.sha256(json.dumps(data).encode()).hexdigest()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        assert sha256.encode() in picture                  # else nobody knows of which run it is
     with pytest.raises(SystemExit):
         plot.main([one, f"--out={tmp_path / 'x.jpg'}"])
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
