@@ -1,7 +1,7 @@
 """From a recipe to a run: everything that is decided before the first step.
 
-`resolve` decides for train.py. `print_plan` says what a recipe will do, without doing it:
-python train.py RECIPE.py --plan prints steps, tokens and epochs, checkpoints, FLOPs and hours, by
+`resolve` decides for train.py. `print_plan` says what a recipe will do, without doing it: `python
+train.py RECIPE.py --plan` prints steps, tokens and epochs, checkpoints, FLOPs and hours, by
 arithmetic alone. The data may be missing, and so may the checkpoint to fork from. What is there is
 refused as training would refuse it.
 """
