@@ -3,7 +3,6 @@ does something."""
 import ast
 import os
 import re
-import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import chat
 import eval as evaluation
 import plot
 import prepare
-import quantize
 import sample
 from checkpoint import lineage
 from config import load_config, usage
@@ -211,60 +209,3 @@ def test_every_path_of_a_program_is_one(program, line):
             empty = re.sub(r"PATH(\.png)?", "", word)
             with pytest.raises(SystemExit, match="names nothing"):
                 program.parse_args([*words[:k], empty, *words[k + 1:]])
-
-
-# --------------------------------------------------------------------------------------------------
-# README and docs/
-
-PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
-
-
-def test_documented_commands_parse():
-    """Documentation whose commands are refused teaches distrust; and a script that fails at its
-    last command, after days, costs more."""
-    text = "\n".join(page.read_text() for page in [*PAGES, *sorted((HERE / "runs").glob("*.sh"))])
-    for name, value in ("\\\n", " "), ('"$gpus"', "8"), ("$((gpus * nodes))", "8"), (' "$@"', ""):
-        text = text.replace(name, value)
-    start = r"^ *(?:\$ |srun )?(?:python|torchrun(?: +--\S+)*) +"
-    commands = re.findall(start + r"(\w+)\.py(?: (.*?))?(?: +#.*)?$", text, re.M)
-    assert len(commands) > 40
-    for script, arguments in commands:
-        if "[FILES...]" in arguments or "$SLURM" in arguments:         # to be filled in
-            continue
-        arguments = shlex.split(arguments)
-        if script == "train":
-            read_recipe([str(HERE / a) if a.endswith(".py") else a for a in arguments])
-        elif script == "check":
-            assert not arguments                                       # it takes none
-        else:
-            scripts = {"prepare": prepare, "sample": sample, "plot": plot, "bench": bench,
-                       "eval": evaluation, "chat": chat, "quantize": quantize}
-            scripts[script].parse_args(arguments)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_documentation_points_to_exists(page):
-    """A link to a page that moved, or an exercise whose test was renamed, sends readers nowhere."""
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists(), target
-    tests = "".join(path.read_text() for path in [HERE / "test_model.py",
-                                                  *(HERE / "tests").glob("test_*.py")])
-    for name in re.findall(r"`(test_\w+)`", text):
-        assert f"def {name}(" in tests, name
-
-
-def test_the_readme_is_short_and_its_map_is_the_tree():
-    """A map that lacks a file, or has one that is gone, misleads those who trust it; and a README
-    that grows is read by nobody. Lines of code within a tenth, so that small changes do not
-    matter."""
-    lines = (HERE / "README.md").read_text().splitlines()
-    assert len(lines) <= 260 and max(map(len, lines)) <= 100
-    scripts = {path.name for path in HERE.glob("*.py") if not path.name.startswith(
-        ("config_", "test_", "conftest"))} | {"config_demo.py", "decode.c"}
-    rows = [re.fullmatch(r"\| (.*?) \| (\d+) \| .* \|", line) for line in lines]
-    rows = {tuple(re.findall(r"`(.*?)`", row[1])): int(row[2]) for row in rows if row}
-    assert sorted(name for names in rows for name in names) == sorted(scripts)
-    for names, printed in rows.items():
-        count = sum(len((HERE / name).read_text().splitlines()) for name in names)
-        assert abs(printed - count) <= max(10, count // 10), (names, printed, count)
