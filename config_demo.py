@@ -6,7 +6,7 @@ and code with a ramp between the two, then a cooldown by a batch four times as l
 
 1.6 million parameters, 3.2 million tokens, three minutes on two CPU cores with bf16. Shape,
 vocabulary and batch won over others in equal time, the learning rate on equal tokens
-(docs/performance.md).
+(docs/log.md).
 """
 n_layer, d_model, n_head, n_kv_head, d_ff, context = 3, 128, 2, 1, 352, 256
 

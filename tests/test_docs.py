@@ -8,7 +8,6 @@ import re
 import shlex
 from contextlib import chdir, redirect_stdout
 from dataclasses import fields
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -167,7 +166,7 @@ def check_demo(path, text):
     log, in its order; " ..." is what is left out at the end of one."""
     block = re.search(r"^\$ python prepare\.py demo\n(.*?)```", text, re.M | re.S)
     assert block or path != README
-    lines, rest = block[1] if block else "\n".join(re.findall(r"^step \d.*", text, re.M)), iter(LOG)
+    lines, rest = block[1] if block else "\n".join(re.findall(r"^step \d+/.*", text, re.M)), iter(LOG)
     for line in lines.splitlines():
         if line and not line.startswith("$ "):
             start = line.removesuffix(" ...")
@@ -186,18 +185,16 @@ def test_the_demo_that_is_kept_is_one_run():
     assert shows(HERE / "demo.png", [RECORDS]) and not shows(HERE / "demo.png", [RECORDS[1:]])
 
 
-@pytest.mark.parametrize("name", experiments.parse_args([]).names)
+@pytest.mark.parametrize("name", experiments.NAMES)
 def test_tables_of_experiments_are_of_the_results_that_are_kept(name):
     """A table pasted before the last run; results of variants that are others by now."""
-    variants = experiments.find_experiments(experiments.parse_args([]).tokens)[name]
+    variants = experiments.find_variants(name, experiments.parse_args([]).tokens)
     kept = read_json(HERE / "docs/experiments/results.json")
     results = {variant: kept[variant] for variant in variants}
     for variant, (stages, _) in variants.items():
         assert all(run["stages"] == stages for run in results[variant].values()), variant
     assert experiments.format_table(results) in (HERE / "docs/log.md").read_text()
-    assert shows(HERE / f"docs/experiments/{name}.png", {
-        source: experiments.read_bits(results, source)
-        for source in (experiments.CODE, experiments.PROSE)})
+    assert shows(HERE / f"docs/experiments/{name}.png", experiments.read_bits(results))
 
 
 def check_examples(path, text):
@@ -205,14 +202,14 @@ def check_examples(path, text):
     text, printed = re.sub(r"^ *```.*", "", text, flags=re.M), []      # a fence would be output
     examples = doctest.DocTestParser().get_doctest(text, {}, path.name, str(path), 0)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    with TemporaryDirectory() as folder, chdir(folder):
+    with chdir(HERE):
         assert not runner.run(examples, out=printed.append).failed, "".join(printed)
 
 
 def test_an_example_runs():
-    """In a folder of its own, with the project's modules, and the fence is no output."""
-    check_examples(README, "```python\n>>> import os, data\n>>> os.listdir(), data.Stage\n"
-                           "([], <class ...>)\n```\nThat is all.")
+    """In the project's folder, and the fence is no output."""
+    check_examples(README, "```python\n>>> import os, data\n>>> os.path.isfile('train.py')\n"
+                           "True\n```\nThat is all.")
 
 
 # --------------------------------------------------------------------------------------------------
