@@ -182,8 +182,8 @@ def parse_args(argv):
     parser.add_argument("--tokens", type=int, default=3_200_000, help="of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
     args = parser.parse_args(argv)
-    if args.jobs < 1 or args.tokens < 20_000 or not set(args.names) <= set(NAMES):
-        parser.error(f"needed: names of {NAMES}, --jobs of at least 1, --tokens of at least 20000")
+    if args.jobs < 1 or args.tokens < 60_000 or not set(args.names) <= set(NAMES):
+        parser.error(f"needed: names of {NAMES}, --jobs of at least 1, --tokens of at least 60000")
     return args
 
 

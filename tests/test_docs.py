@@ -166,8 +166,9 @@ def check_demo(path, text):
     log, in its order; " ..." is what is left out at the end of one."""
     block = re.search(r"^\$ python prepare\.py demo\n(.*?)```", text, re.M | re.S)
     assert block or path != README
-    lines, rest = block[1] if block else "\n".join(re.findall(r"^step \d+/.*", text, re.M)), iter(LOG)
-    for line in lines.splitlines():
+    lines = block[1].splitlines() if block else re.findall(r"^step \d+/.*", text, re.M)
+    rest = iter(LOG)
+    for line in lines:
         if line and not line.startswith("$ "):
             start = line.removesuffix(" ...")
             assert any(logged == line or start != line and logged.startswith(start)
