@@ -50,7 +50,8 @@ def test_variants_have_equal_tokens_and_say_what_differs():
     assert recipe["three stages"] == config_demo.stages
     for stages in recipe.values():
         assert given(stages).total() == pytest.approx(given(config_demo.stages).total(), rel=0.005)
-        assert given(stages)[CODE] == pytest.approx(given(config_demo.stages)[CODE], rel=0.1)          # no ramp: 8 % more
+        # without the ramp it is 8 % more
+        assert given(stages)[CODE] == pytest.approx(given(config_demo.stages)[CODE], rel=0.1)
     one, = recipe["one stage"]
     assert given([one])[CODE] == pytest.approx(given(config_demo.stages)[CODE], rel=0.005)
     assert {stage["batch"] for stage in recipe["no cooldown"]} == {one["batch"]} == {2048}
