@@ -141,11 +141,12 @@ def plot_runs(runs, out):
 
 def plot_dots(groups, out):
     """Plots {title: {variant: bits per byte of its runs}}, side by side, to the PNG `out`: a dot
-    for each run, and a line at the mean."""
+    for each run, in the colour of its seed, and a line at the mean."""
     figure = new_figure(figsize=(9, 1 + 0.4 * len(next(iter(groups.values())))))
     for ax, (title, variants) in zip(figure.subplots(1, len(groups), sharey=True), groups.items()):
         for variant, bits in reversed(variants.items()):
-            ax.plot(bits, [variant] * len(bits), "o", color="C0", alpha=0.6)
+            for seed, value in enumerate(bits):
+                ax.plot(value, variant, "o", color=f"C{seed}", alpha=0.6)
             ax.plot(sum(bits) / len(bits), variant, "|", color="black", markersize=16)
         ax.set_xlabel(f"{title}, bits per byte")
         ax.grid(alpha=0.2)

@@ -143,18 +143,22 @@ def result(code, prose):
     return {"bits_per_byte": {CODE: code, PROSE: prose}, "minutes": 2.0, "commit": "abc"}
 
 
-def test_a_table_tells_apart_what_seeds_cannot_explain():
-    """A difference within the spread that is printed as one is what the paper's readers have to
-    guess at. 2.776 is Student's t for two times three values at 5 %."""
-    runs = {"a": [1.00, 1.01, 1.02], "b": [1.02, 1.03, 1.04], "c": [1.03, 1.04, 1.05]}
-    table = format_table({name: {seed: result(bits, 2.0 + bits / 100)
-                                 for seed, bits in zip(SEEDS, values)}
+def test_a_table_tells_apart_what_chance_cannot_explain():
+    """Seeds may differ by more than variants. What counts is whether a variant differs from the
+    first by more than its differences, seed by seed, do among each other; 4.303 is Student's t for
+    three of them at 5 %."""
+    runs = {"a": [1.00, 1.10, 1.05], "b": [1.02, 1.12, 1.08], "c": [1.02, 1.12, 1.06]}
+    table = format_table({name: {seed: result(bits, 2.0) for seed, bits in zip(SEEDS, values)}
                           for name, values in runs.items()})
+    same = "2.000 ± 0.000 | +0.000 ± 0.000, not told apart | 6 | abc |"
     assert table.splitlines()[2:] == [
-        "| a | 1.010 ± 0.010 | +0.000 | 2.010 ± 0.000 | +0.000 | 6 | abc |",
-        "| b | 1.030 ± 0.010 | +0.020, not told apart | 2.010 ± 0.000 | +0.000, not told apart "
-        "| 6 | abc |",
-        "| c | 1.040 ± 0.010 | +0.030 | 2.010 ± 0.000 | +0.000 | 6 | abc |"]
+        "| a | 1.050 ± 0.050 |  | 2.000 ± 0.000 |  | 6 | abc |",
+        f"| b | 1.073 ± 0.050 | +0.023 ± 0.006 | {same}",
+        f"| c | 1.067 ± 0.050 | +0.017 ± 0.006 | {same}"]
+    runs["c"][2] = 1.05
+    table = format_table({name: {seed: result(bits, 2.0) for seed, bits in zip(SEEDS, values)}
+                          for name, values in runs.items()})
+    assert table.splitlines()[4].startswith("| c | 1.063 ± 0.051 | +0.013 ± 0.012, not told apart")
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
