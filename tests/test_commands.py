@@ -23,8 +23,12 @@ README = HERE / "README.md"
 PAGES = [README, *sorted(HERE.glob("docs/*.md"))]
 SCRIPTS = [*sorted(HERE.glob("runs/*.sh")), *HERE.glob(".github/workflows/*"), HERE / ".ci/run"]
 CODE = {path.name: path.read_text() for path in sorted([*HERE.glob("*.py"), HERE / "decode.c"])}
-TESTS = "".join(path.read_text() for path in [*HERE.glob("test*.py"), *HERE.glob("tests/*.py")])
-TEXTS = {path: path.read_text() for path in [*PAGES, *SCRIPTS]} | {     # of code, the docstrings
+EXERCISES = (HERE / "docs/exercises.md").read_text()           # brings tests along, as patches
+ADDED = re.findall(r"^--- /dev/null\n\+\+\+ b/(.*)", EXERCISES, re.M)
+TESTS = EXERCISES + "".join(
+    path.read_text() for path in [*HERE.glob("test*.py"), *HERE.glob("tests/*.py")])
+TEXTS = {path: re.sub(r"^```diff.*?^```", "", path.read_text(), flags=re.M | re.S)
+         for path in [*PAGES, *SCRIPTS]} | {                            # of code, the docstrings
     HERE / name: ast.get_docstring(ast.parse(text)) for name, text in CODE.items() if ".py" in name}
 PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -102,9 +106,12 @@ def parse(program, *arguments):
         for before, word in zip(["", *arguments], arguments):
             file, _, name = word.partition("::")
             if before in ("-m", "-k"):
-                assert word in MARKERS if before == "-m" else re.search(rf"def \w*{word}", TESTS)
+                names = word.split(" or ")
+                assert word in MARKERS if before == "-m" else all(
+                    re.search(rf"def \w*{name}|{name}\w*\.py", TESTS) for name in names)
             elif word[0] != "-" and word != "pytest":
-                assert f"def {name}(" in Path(file).read_text() if name else Path(file).exists()
+                assert f"def {name}(" in Path(file).read_text() if name else (
+                    Path(file).exists() or file in ADDED)
     else:
         assert Path(program).exists(), program
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_commands import CODE, HERE, PAGES, README, TESTS, TEXTS, find_commands, one_line
+from test_commands import ADDED, CODE, HERE, PAGES, README, TESTS, TEXTS, find_commands, one_line
 
 import bench
 import experiments
@@ -31,12 +31,12 @@ OTHERS = {"EVAL.md", "lit_gpt/config.py", "RECIPE.py"}     # the original's; a p
 OPTIONS = {*re.findall(r'"(--[\w-]+)"', "".join(CODE.values())), "--key",
            *(f"--{field.name}" for field in fields(TrainConfig))}
 NAMES = {*re.findall(r"\w+", "".join(CODE.values())), *re.findall(r"def (test_\w+)", TESTS),
-         "linear_cross_entropy"}                           # PyTorch's, given up
+         "linear_cross_entropy", "flex_attention", "window_size"}           # of other programs
 
 
 def check_paths(path, text):
     """A link to a page or section that moved, or a file that was renamed, sends readers nowhere."""
-    for name in {name.rstrip(".") for name in OURS.findall(text)} - OTHERS:
+    for name in {name.rstrip(".") for name in OURS.findall(text)} - {*OTHERS, *ADDED}:
         assert any(any(folder.glob(name)) for folder in (HERE, path.parent, HERE / "tests")), name
     links = re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)(?:,\s([A-Z]\w+))?", text) + [
         (README, "", title) for title in re.findall(r"README,\s([A-Z]\w+)", text)]
