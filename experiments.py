@@ -1,14 +1,14 @@
 """What each choice of the recipe brings, in miniature: python experiments.py [NAME ...]
 
 The paper says what was done, and hardly what each choice brought. With the demo's model anyone can
-ask. Each experiment trains variants that differ in one choice, with three seeds (of initial weights
-and order of the data), and prints bits per byte of held-out code and prose: mean and standard
-deviation, then the same of the differences from the first row, seed by seed, and "not told apart"
-where chance may have made them. docs/log.md has the tables, and what they mean.
+ask. Each experiment trains variants with three seeds (of weights and order of the data), and prints
+bits per byte of held-out code and prose, mean and standard deviation, then those of the differences
+from the first row, "not told apart" where chance may have made them. docs/log.md has the tables.
 
-    python experiments.py mixture     or recipe, or epochs; by default all: 90 minutes on two cores
+    python experiments.py mixture     or recipe, or epochs; by default all: 100 minutes on two cores
 
-Runs are train.py's own, one thread each, one per core. What results.json has is not done again.
+Runs are train.py's own, one thread each, one per core. What out/experiments/3200000/results.json
+has is not done again: remove it after changes of the code.
 """
 import argparse
 import os
@@ -25,9 +25,9 @@ import config_demo
 import model
 import train
 from checkpoint import git_commit
-from data import Source
+from data import Source, parse_stages, require, stage_ends
 from files import read_json, remove, run_program, write_json
-from plot import plot_dots, read_metrics
+from plot import new_figure, plot_dots, read_metrics
 from train import build_optimizer, lr_at
 
 CODE, PROSE, SEEDS = "demo-code", "demo-prose", ("1", "2", "3")
@@ -35,14 +35,14 @@ NAMES = ["recipe", "mixture", "epochs"]
 
 
 def find_variants(experiment, tokens):
-    """{variant: (stages, change)} of an experiment: about so many tokens each (0.72 times as many
-    in "epochs": the code that there is), and () or (object, attribute, value), to be set before
-    training. The first variant is what the others are compared with."""
+    """{variant: (stages, change)}, of so many tokens each ("epochs" 0.72 times: there is no more
+    code). A change is () or (object, attribute, value), to be set before training."""
     scale = tokens / sum(stage["tokens"] for stage in config_demo.stages)
     three = [stage | {key: round(stage[key] * scale) for key in ("tokens", "ramp") if key in stage}
              for stage in config_demo.stages]
     batch, few = three[0]["batch"], round(0.72 * tokens)
-    constant = [stage | {"batch": batch} for stage in three]
+    constant = [stage | {"tokens": -(-stage["tokens"] // stage["batch"]) * stage["batch"],
+                         "batch": batch} for stage in three]    # the total decides all rates
 
     def one_stage(code, prose, tokens=tokens):
         return [{"tokens": tokens, "batch": batch, "mixture": {CODE: code, PROSE: prose}}]
@@ -71,25 +71,22 @@ def lower_last_rate(tokens, total, warmup, cfg):
 
 
 def decay_linearly(tokens, total, warmup, cfg):
-    """WSD, warm-up, stable, decay (arXiv 2404.06395): the highest rate, then for the last fifth of
-    the tokens a straight line down to min_lr."""
+    """WSD (arXiv 2404.06395): the highest rate, then for the last fifth a line down to min_lr."""
     left = min(1, (total - tokens) / (total / 5))
     return min(1, tokens / warmup) * (cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr))
 
 
 def exempt_norms(model, cfg):
     """AdamW without weight decay of the norms' weights."""
-    optimizer = build_optimizer(model, cfg)
-    weights = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["params"] = [p for p in weights if p.ndim > 1]
-    optimizer.add_param_group({"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0})
-    return optimizer
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 def build_muon(model, cfg):
-    """Muon for the matrices of the blocks: the mean of the gradients, all its singular values made
-    about 1 (Jordan et al. 2024). Scaled to the size of AdamW's updates, it takes AdamW's learning
-    rate and decay (arXiv 2502.16982). AdamW moves the other weights."""
+    """Muon for the matrices of the blocks (Jordan et al. 2024): the mean of the gradients, with all
+    singular values about 1, at the size of AdamW's updates (arXiv 2502.16982); else AdamW."""
     def step(adamw, args, kwargs):
         muon.param_groups[0]["lr"] = adamw.param_groups[0]["lr"]
         muon.step()
@@ -111,10 +108,12 @@ def pytorch_init(self, name, p):
 
 
 def every_nth(folder, split, context, n, most):
-    """A Source with every nth of at most `most` windows, to be read n times instead of once."""
-    source, n = Source(folder, split, context), n if split == "train" else 1
-    window, source.windows = source.window, min(source.windows, most) // n
-    source.window = lambda i: window(i * n)
+    """A Source. Of `most` windows of code it has every nth, to be read n times instead of once."""
+    source = Source(folder, split, context)
+    if (split, source.name) == ("train", CODE):
+        require(source.windows >= most, f"{folder} has less than {most} windows: fewer --tokens")
+        window, source.windows = source.window, most // n
+        source.window = lambda i: window(i * n)
     return source
 
 
@@ -130,11 +129,11 @@ def run_variant(experiment, variant, tokens, seed):
     with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
         train.main(["config_demo.py", f"--stages={stages}", f"--seed={seed}",
                     f"--out_dir={folder}", "--eval_every=1000000", "--save_every=1000000"])
-    last = read_metrics(folder)[-1]
-    if last["tokens"] < sum(stage["tokens"] for stage in stages):
-        raise KeyboardInterrupt                             # Ctrl-C, of which train.py took care
-    return {"stages": stages, "bits_per_byte": last["bits_per_byte"], "commit": git_commit(),
-            "minutes": (time.perf_counter() - started) / 60}
+    last_step = stage_ends(parse_stages(stages, config_demo.context))[-1]
+    if not (folder / f"step_{last_step:08d}").exists():     # Ctrl-C, of which train.py took care:
+        os._exit(130)                                       # the pool must begin no other run
+    return {"stages": stages, "bits_per_byte": read_metrics(folder)[-1]["bits_per_byte"],
+            "commit": git_commit(), "minutes": (time.perf_counter() - started) / 60}
 
 
 def run_experiment(experiment, args):
@@ -155,23 +154,23 @@ def run_experiment(experiment, args):
 
 def read_bits(results):
     """{source: {variant: bits per byte of its runs}} of {variant: {seed: result}}."""
-    return {source: {variant: [run["bits_per_byte"][source] for run in runs.values()]
+    return {source: {variant: [runs[seed]["bits_per_byte"][source] for seed in SEEDS]
                      for variant, runs in results.items()} for source in (CODE, PROSE)}
 
 
 def format_table(results):
-    """Markdown of {variant: {seed: result}}."""
-    rows = ["| | code | | prose | | minutes | commit |", "|---|---|---|---|---|---|---|"]
+    """Markdown of {variant: {seed: result}}. 4.30: Student's t, three seeds, two-sided, 5 %."""
+    rows = ["| | code | - first row | prose | - first row | minutes | commit |", "|---" * 7 + "|"]
     for variant, runs in results.items():
         cells = [variant]
         for found in read_bits(results).values():
-            bits, first = found[variant], next(iter(found.values()))
-            # seed by seed, as a seed is the same weights at first; beyond Student's t at 5 %
-            gains = [b - a for a, b in zip(first, bits)]
-            apart = "" if abs(fmean(gains)) > 4.30 * stdev(gains) / 3 ** 0.5 else ", not told apart"
-            cells += [f"{fmean(bits):.3f} ± {stdev(bits):.3f}", "" if bits is first else
-                      f"{fmean(gains):+.3f} ± {stdev(gains):.3f}{apart}"]
-        minutes = sum(run["minutes"] for run in runs.values())
+            first, bits = next(iter(found.values())), found[variant]
+            differences = [b - a for a, b in zip(first, bits)]         # of seeds: they begin alike
+            mean, spread = fmean(differences), stdev(differences)
+            note = "" if abs(mean) > 4.30 * spread / 3 ** 0.5 else ", not told apart"
+            cells += [f"{fmean(bits):.3f} ± {stdev(bits):.3f}",
+                      f"{mean:+.3f} ± {spread:.3f}{note}" if bits is not first else ""]
+        minutes = sum(runs[seed]["minutes"] for seed in SEEDS)
         rows.append(f"| {' | '.join(cells)} | {minutes:.0f} | {runs['1']['commit']} |")
     return "\n".join(rows)
 
@@ -189,6 +188,7 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
+    new_figure()                                            # without matplotlib it ends here
     for name in args.names or NAMES:
         results = run_experiment(name, args)
         print(f"\n{name}\n\n{format_table(results)}\n")
