@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,17 +60,28 @@ def test_solutions_apply(section, tmp_path):
                for name in re.findall(r"^--- a/(.*)$", section, re.M))
 
 
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """{section: what its judge prints}, as many judges at a time as there are cores."""
+    def verdict(section, folder):
+        solve(section, folder / "code")
+        return subprocess.run([
+            sys.executable, *judge_of(section)[0], "-rpfE", "--tb=no", "-p", "no:cacheprovider",
+            f"--basetemp={folder / 'temporary'}"], cwd=folder / "code", capture_output=True,
+            text=True, encoding="utf-8").stdout
+
+    folders = [tmp_path_factory.mktemp("exercise") for _ in SECTIONS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SECTIONS, pool.map(verdict, SECTIONS, folders)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.split(".")[0])
-def test_judges_say_what_the_page_says(section, tmp_path):
+def test_judges_say_what_the_page_says(section, verdicts):
     """A judge that passes a wrong change, or fails for another reason than the page gives, teaches
     what is not so."""
-    solve(section, tmp_path / "code")
-    command, fails, passes = judge_of(section)
-    done = subprocess.run([sys.executable, *command, "-rpfE", "--tb=no", "-p", "no:cacheprovider",
-                           f"--basetemp={tmp_path / 'temporary'}"], cwd=tmp_path / "code",
-                          capture_output=True, text=True, encoding="utf-8")
-    results = re.findall(r"^(PASSED|FAILED|ERROR) \S+?::(\w+)", done.stdout, re.M)
+    _, fails, passes = judge_of(section)
+    results = re.findall(r"^(PASSED|FAILED|ERROR) \S+?::(\w+)", verdicts[section], re.M)
     failed = {name for result, name in results if result != "PASSED"}
-    assert failed == fails, done.stdout[-4000:]
-    assert {name for _, name in results} - failed == passes, done.stdout[-4000:]
+    assert failed == fails, verdicts[section][-4000:]
+    assert {name for _, name in results} - failed == passes, verdicts[section][-4000:]
