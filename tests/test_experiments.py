@@ -205,6 +205,25 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     assert done[16:] == [("10% code", seed) for seed in SEEDS]
 
 
+def test_finished_results_are_only_shown(tmp_path, monkeypatch, capsys):
+    """A picture or a table that fails after an hour of runs; or runs that begin again for it."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "run_variant", None)
+    variants = find_variants("mixture", 3_200_000)
+    results = {name: {seed: {"stages": stages} | result(k + int(seed) / 10, 2.0) for seed in SEEDS}
+               for k, (name, (stages, _)) in enumerate(variants.items())}
+    folder = tmp_path / "out/experiments/3200000"
+    folder.mkdir(parents=True)
+    write_json(folder / "results.json", results)
+    experiments.main(["mixture", "--jobs=1"])
+    assert format_table(results) in capsys.readouterr().out
+    assert (folder / "mixture.png").read_bytes().startswith(b"\x89PNG")
+    for wrong in ["recipes"], ["--jobs=0"], ["--tokens=1000"]:
+        with pytest.raises(SystemExit):
+            experiments.parse_args(wrong)
+
+
 def test_a_run_is_train_py_with_one_change(tmp_path, monkeypatch):
     """A seed or a change that does not reach train.py gives rows that are equal; and a run that was
     stopped has no result."""
