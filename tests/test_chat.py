@@ -1,5 +1,6 @@
 """Proofs of chat.py: the prompts of transformers, a cache that changes no answer, messages that
 cannot pass for control tokens, and a terminal in which Ctrl-C ends an answer only."""
+import gc
 import io
 import json
 import os
@@ -307,6 +308,7 @@ class Terminal:
             sys.argv = ["chat.py", *map(str, arguments)]
             if setup:
                 setup()
+            gc.freeze()      # a Ctrl-C in a finalizer of what other tests left would be swallowed
             run_program(chat.main)
             code = 0
         except SystemExit as error:
