@@ -5,10 +5,8 @@ ask. Each experiment trains variants with three seeds (of weights and order of t
 bits per byte of held-out code and prose, mean and standard deviation, then those of the differences
 from the first row, "not told apart" where chance may have made them. docs/log.md has the tables.
 
-    python experiments.py mixture     or recipe, or epochs; by default all: 100 minutes on two cores
-
-Runs are train.py's own, one thread each, one per core. What out/experiments/3200000/results.json
-has is not done again: remove it after changes of the code.
+    python experiments.py mixture     or recipe, or epochs; by default all: 90 minutes on two cores
+    rm -r out/experiments             to start over: what is done is not done again
 """
 import argparse
 import os
@@ -78,10 +76,11 @@ def decay_linearly(tokens, total, warmup, cfg):
 
 def exempt_norms(model, cfg):
     """AdamW without weight decay of the norms' weights."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                             weight_decay=cfg.weight_decay, fused=True)
+    optimizer = build_optimizer(model, cfg)
+    weights = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = [p for p in weights if p.ndim > 1]
+    optimizer.add_param_group({"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0})
+    return optimizer
 
 
 def build_muon(model, cfg):
@@ -130,8 +129,8 @@ def run_variant(experiment, variant, tokens, seed):
         train.main(["config_demo.py", f"--stages={stages}", f"--seed={seed}",
                     f"--out_dir={folder}", "--eval_every=1000000", "--save_every=1000000"])
     last_step = stage_ends(parse_stages(stages, config_demo.context))[-1]
-    if not (folder / f"step_{last_step:08d}").exists():     # Ctrl-C, of which train.py took care:
-        os._exit(130)                                       # the pool must begin no other run
+    if not (folder / f"step_{last_step:08d}").exists():    # stopped: the pool must begin no other
+        os._exit(130)
     return {"stages": stages, "bits_per_byte": read_metrics(folder)[-1]["bits_per_byte"],
             "commit": git_commit(), "minutes": (time.perf_counter() - started) / 60}
 
@@ -161,9 +160,10 @@ def read_bits(results):
 def format_table(results):
     """Markdown of {variant: {seed: result}}. 4.30: Student's t, three seeds, two-sided, 5 %."""
     rows = ["| | code | - first row | prose | - first row | minutes | commit |", "|---" * 7 + "|"]
+    by_source = read_bits(results).values()
     for variant, runs in results.items():
         cells = [variant]
-        for found in read_bits(results).values():
+        for found in by_source:
             first, bits = next(iter(found.values())), found[variant]
             differences = [b - a for a, b in zip(first, bits)]         # of seeds: they begin alike
             mean, spread = fmean(differences), stdev(differences)
