@@ -84,7 +84,7 @@ def training_step(device, dtype, compiled=False, checkpointing=False):
 PROMPTS = [5, 6, 7], [9] * 40
 
 
-def build_decoder(device, quantize, compile=False):
+def random_decoder(device, quantize, compile=False):
     torch.manual_seed(0)
     llama = model.Llama(model.ModelConfig(n_layer=2, d_model=512, n_head=8, n_kv_head=2, d_ff=1408,
                                           vocab_size=2048, context=512)).init_weights()
@@ -95,7 +95,7 @@ def build_decoder(device, quantize, compile=False):
 @lru_cache                                       # the CPU's text is needed twice
 def greedy_text(quantize):
     """The likeliest 40 tokens after each prompt, in fp32, on the CPU."""
-    steps = generate(build_decoder(CPU, quantize), PROMPTS, 1, 40, set(),
+    steps = generate(random_decoder(CPU, quantize), PROMPTS, 1, 40, set(),
                      lambda logits: logits.argmax(-1))
     return torch.tensor([sum(row, []) for row in zip(*steps)])
 
@@ -104,7 +104,7 @@ def greedy_text(quantize):
 def text_errors(device, quantize, compile):
     """How many of the CPU's tokens the device would not have chosen after the same text: from one
     of two that are almost equally likely on, texts of their own would have nothing in common."""
-    text, decoder = greedy_text(quantize), build_decoder(device, quantize, compile)
+    text, decoder = greedy_text(quantize), random_decoder(device, quantize, compile)
     found = [decoder.prefill(PROMPTS).argmax(-1)]
     for ids in text.to(device).split(1, dim=1)[:-1]:
         found.append(decoder.decode(ids)[:, -1].argmax(-1))
