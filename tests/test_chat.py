@@ -1,6 +1,5 @@
 """Proofs of chat.py: the prompts of transformers, a cache that changes no answer, messages that
 cannot pass for control tokens, and a terminal in which Ctrl-C ends an answer only."""
-import gc
 import io
 import json
 import os
@@ -8,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -304,11 +304,12 @@ class Terminal:
             sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in enumerate("rww"))
             if stdout:
                 os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+            # a suite in the background of a shell ignores Ctrl-C, and a fork of it would, too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ["TERM"] = "dumb"
             sys.argv = ["chat.py", *map(str, arguments)]
             if setup:
                 setup()
-            gc.freeze()      # a Ctrl-C in a finalizer of what other tests left would be swallowed
             run_program(chat.main)
             code = 0
         except SystemExit as error:
